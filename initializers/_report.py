@@ -1,0 +1,104 @@
+"""What an initialization did: one row per affine layer, printed as a table."""
+
+from dataclasses import asdict, dataclass
+
+COLUMNS = ("layer", "shape", "filters", "mean", "std", "mean'", "std'", "rate", "rate'", "scale", "seconds")
+
+
+@dataclass
+class LayerReport:
+    """One affine layer, in order of execution.
+
+    Attributes:
+        name: of the module.
+        shape: of its weight.
+        filters: the kind of filters it got; None where its weights were kept.
+        note: why it got other filters than those asked for; empty otherwise.
+        mean_before, std_before: of its output before the within-layer step, averaged over channels.
+        mean_after, std_after: the same after the within-layer step.
+        rate_before, rate_after: average change rate before and after the between-layer step.
+        scale: what the between-layer step multiplied its weights by.
+        seconds: time for the filters and the within-layer step.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    filters: str | None = None
+    note: str = ""
+    mean_before: float | None = None
+    std_before: float | None = None
+    mean_after: float | None = None
+    std_after: float | None = None
+    rate_before: float | None = None
+    rate_after: float | None = None
+    scale: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    """What an initialization did; `print(report)` is a table, in which ' marks values after the step.
+
+    Attributes:
+        layers: one `LayerReport` per affine layer, in order of execution.
+        images: number of images used.
+        rate_images: number of them on which the between-layer step measured change rates.
+        rounds: times the between-layer step was applied.
+        output_change: relative change of the model's output by the between-layer step, in norm.
+        seconds: time for everything.
+    """
+
+    layers: list[LayerReport]
+    images: int
+    rate_images: int = 0
+    rounds: int = 0
+    output_change: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def spread_before(self) -> float | None:
+        """Largest over smallest average change rate before the between-layer step."""
+        return _spread([layer.rate_before for layer in self.layers])
+
+    @property
+    def spread_after(self) -> float | None:
+        """Largest over smallest average change rate after the between-layer step."""
+        return _spread([layer.rate_after for layer in self.layers])
+
+    def to_dict(self) -> dict:
+        """Plain values, ready for JSON."""
+        return asdict(self) | {"spread_before": self.spread_before, "spread_after": self.spread_after}
+
+    def __str__(self) -> str:
+        rows = [COLUMNS, *(_row(layer) for layer in self.layers)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+        used = [column for column in range(len(COLUMNS)) if any(row[column] for row in rows[1:])]
+        text = [[row[c].ljust(widths[c]) if c < 3 else row[c].rjust(widths[c]) for c in used] for row in rows]
+        lines = ["  ".join(cells).rstrip() for cells in text]
+        lines.insert(1, "-" * max(map(len, lines)))
+        lines.append(f"{self.images} images, {self.seconds:.1f} s")
+        if self.output_change is not None:
+            rounds = f"{self.rounds} round{'s' * (self.rounds != 1)} on {self.rate_images} images"
+            lines.append(
+                f"spread of change rates {self.spread_before:.4g} -> {self.spread_after:.4g} in {rounds}; "
+                f"relative change of the output {self.output_change:.1e}"
+            )
+        lines += [f"{layer.name}: {layer.filters} filters ({layer.note})" for layer in self.layers if layer.note]
+        return "\n".join(lines)
+
+
+def _spread(rates: list[float | None]) -> float | None:
+    return None if None in rates or not rates else max(rates) / min(rates)
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    numbers = (layer.mean_before, layer.std_before, layer.mean_after, layer.std_after)
+    rates = (layer.rate_before, layer.rate_after, layer.scale)
+    return (
+        layer.name,
+        "x".join(map(str, layer.shape)),
+        layer.filters or "kept",
+        *("" if value is None else f"{value:.3g}" for value in numbers),
+        *("" if value is None else f"{value:.4g}" for value in rates),
+        f"{layer.seconds:.2f}" if layer.seconds else "",
+    )
