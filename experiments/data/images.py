@@ -1,0 +1,211 @@
+"""Images decoded once into one array of pixels, and the crops that networks are trained and tested on."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCache:
+    """N decoded images of any sizes, one after the other.
+
+    - `pixels`: uint8 (total pixels, 3), RGB, row after row of image after image.
+    - `offsets`: int64 (N,), the index in `pixels` of each image's first pixel.
+    - `heights`, `widths`: int64 (N,), in pixels.
+    """
+
+    pixels: Tensor
+    offsets: Tensor
+    heights: Tensor
+    widths: Tensor
+
+    @classmethod
+    def open(cls, paths: Sequence[Path], folder: str | Path) -> Self:
+        """Map the decoded images `paths` into memory, from a file in `folder` that the first call makes.
+
+        The file belongs to the names, sizes and modification times of `paths` in their order; changed images
+        are decoded anew. It appears when it is complete, and of several processes that need it at the same
+        time one decodes and the others wait. Grey and CMYK images become RGB. A pixel takes 3 bytes, all of
+        VOC 2007 about 6 GB.
+
+        Raises ValueError for empty `paths` and for an image that cannot be decoded to its end, naming it, and
+        OSError if the file cannot be written. Neither leaves a partial file.
+        """
+        if not paths:
+            raise ValueError("there are no images to cache: `paths` is empty")
+        stats = [(path.name, path.stat()) for path in paths]
+        key = hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
+        file = Path(folder) / f"{key.hexdigest()[:16]}.pixels"
+        try:
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(f"{file}.lock"):
+                    if not file.exists():  # no other process made it while this one waited
+                        _decode_into(file, paths)
+        except OSError as error:
+            raise OSError(
+                f"cannot write the image cache {file} ({error}): make room, 3 bytes a pixel, "
+                "or set data.cache to another folder"
+            ) from error
+        return cls._map(file, len(paths))
+
+    @classmethod
+    def _map(cls, file: Path, count: int) -> Self:
+        """Map a file that `_decode_into` wrote for `count` images."""
+        header, size = 8 * count, file.stat().st_size
+        if size > header:
+            data = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+            heights, widths = data[:header].view(torch.int32).view(count, 2).long().unbind(1)
+            areas = heights * widths
+            if size == header + 3 * areas.sum():
+                return cls(data[header:].view(-1, 3), areas.cumsum(0) - areas, heights, widths)
+        raise ValueError(f"the image cache {file} is damaged: delete it, and it is made anew")
+
+    def to(self, device: torch.device | str) -> Self:
+        """The cache with all of its tensors on `device` (on the CPU: the same mapped memory)."""
+        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+def _decode_into(file: Path, paths: Sequence[Path]) -> None:
+    """Decode `paths` on all cores into `file`: int32 (N, 2) heights and widths, then the pixels."""
+    part, sizes = file.with_suffix(".part"), []
+    try:
+        with (
+            part.open("wb") as out,
+            ThreadPoolExecutor() as pool,
+            tqdm(paths, "decoding images", unit=" images") as bar,
+        ):
+            out.seek(8 * len(paths))
+            # In blocks, so that little is ever decoded and not yet written.
+            for start in range(0, len(paths), 64):
+                for image in pool.map(_decode, paths[start : start + 64]):
+                    out.write(image)
+                    sizes.append(image.shape[:2])
+                    bar.update()
+            out.seek(0)
+            out.write(np.array(sizes, np.int32))
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _decode(path: Path) -> np.ndarray:
+    """One image, uint8 (height, width, 3), RGB."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    # Which of these Pillow raises depends on where the file is broken.
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot decode the image {path} ({error}): replace it by an intact file") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Crops:
+    """B windows of images, each to be resized to a square.
+
+    - `y`, `x`, `height`, `width`: float64 (B,), top left corner and size in source pixels, with fractions.
+    - `flip`: bool (B,), whether the window is mirrored left to right.
+    """
+
+    y: Tensor
+    x: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same windows on `device`."""
+        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def random_crops(
+    heights: Tensor,
+    widths: Tensor,
+    size: int,
+    generator: torch.Generator,
+    *,
+    mirror: bool = True,
+    min_scale: float = 0.5,
+    max_scale: float = 2.0,
+) -> Crops:
+    """Draw one random crop of `size` x `size` pixels for each of B images, as philkr/voc-classification does.
+
+    The window is a square of s * `size` source pixels, s ~ U(min(`min_scale`, smax), smax) with
+    smax = min(`max_scale`, height / `size`, width / `size`), at a uniform position inside the image, and
+    mirrored with probability 1/2. An image with a side below `min_scale` * `size` yields its largest squares.
+
+    `heights` and `widths` (B,), `generator` and the crops are on the CPU: a seed draws the same crops for
+    every device.
+    """
+    draws = torch.rand(4, len(heights), dtype=torch.float64, generator=generator)
+    side = torch.minimum(heights, widths).double()
+    largest = (side / size).clamp(max=max_scale)
+    smallest = largest.clamp(max=min_scale)
+    scale = smallest + (largest - smallest) * draws[0]
+    window = torch.minimum(size * scale, side)  # no further than the image by rounding either
+    flip = (draws[3] < 0.5) & mirror
+    return Crops((heights - window) * draws[1], (widths - window) * draws[2], window, window, flip)
+
+
+def whole(heights: Tensor, widths: Tensor) -> Crops:
+    """For each of B images the crop that is all of it: squashed to a square by `crop`."""
+    origin = torch.zeros_like(heights, dtype=torch.float64)
+    return Crops(origin, origin, heights.double(), widths.double(), flip=origin.bool())
+
+
+def crop(cache: ImageCache, index: Tensor, crops: Crops, size: int, mean: Sequence[float]) -> Tensor:
+    """Cut the windows `crops` out of the images `index` (int64 (B,)), resized to `size` x `size` pixels.
+
+    Returns float32 (B, 3, size, size) on the cache's device: 0..255, BGR, minus `mean` (3 values, BGR), which
+    is how BVLC/caffe feeds images to a network. The interpolation is bilinear, without antialiasing, with
+    pixel centres at half-integers (`align_corners=False` in torch). Samples at the edge of a window may take
+    in the pixel beyond it; beyond the image, its last pixel repeats.
+
+    With `index` and `crops` on the cache's device nothing waits for it: a CUDA graph can capture the call.
+    """
+    device = cache.pixels.device
+    index, crops = index.to(device), crops.to(device)
+    top, bottom, down = _samples(crops.y, crops.height, cache.heights[index], size)
+    left, right, across = _samples(crops.x, crops.width, cache.widths[index], size)
+    left, right, across = (torch.where(crops.flip[:, None], a.flip(1), a) for a in (left, right, across))
+
+    # Gathers single bytes into planes, at the same positions for every channel: faster than to gather whole
+    # pixels and to separate their channels afterwards.
+    rows = [(cache.offsets[index, None] + y * cache.widths[index, None])[:, :, None] for y in (top, bottom)]
+    corners = [3 * row + 3 * x[:, None, :] for row in rows for x in (left, right)]
+    across, down = across[:, None, :], down[:, :, None]
+    planes = []
+    for channel, value in zip((2, 1, 0), mean, strict=True):
+        values = cache.pixels.view(-1)[channel:]
+        a, b, c, d = (values.index_select(0, at.flatten()).view(at.shape).float() for at in corners)
+        planes.append(torch.lerp(torch.lerp(a, b, across), torch.lerp(c, d, across), down) - value)
+    return torch.stack(planes, dim=1)
+
+
+def _samples(start: Tensor, length: Tensor, limit: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where `size` samples of each window lie along one axis, of `limit` pixels; all (B, size).
+
+    Returns the two neighbouring pixels (int64) and the weight of the second (float32).
+    """
+    centres = torch.arange(size, dtype=torch.float64, device=start.device) + 0.5
+    position = start[:, None] + centres * (length[:, None] / size) - 0.5
+    first = position.floor()
+    last_pixel = limit[:, None] - 1
+    neighbours = (pixel.long().clamp(min=0).minimum(last_pixel) for pixel in (first, first + 1))
+    return *neighbours, (position - first).float()
