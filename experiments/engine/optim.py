@@ -1,0 +1,59 @@
+"""Caffe's SGD by torch's: a learning rate per kind of blob, and inside the velocity; the step policy."""
+
+from collections.abc import Callable
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+
+def make_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.Optimizer:
+    """SGD or Adam over two groups of parameters: weights, and biases (every parameter of the name `bias`).
+
+    Args:
+        model: on its device; parameters that require no gradient are left out.
+        cfg: `name` (sgd or adam), `lr`, `weight_decay`, `bias_lr_mult` and `bias_decay_mult` (Caffe's lr_mult
+            and decay_mult of the biases, where those of the weights are 1), `momentum` (sgd), `betas` (adam).
+
+    Raises:
+        ValueError: another `name`.
+    """
+    blobs = [(name, blob) for name, blob in model.named_parameters() if blob.requires_grad]
+    biases = [blob for name, blob in blobs if name.endswith("bias")]
+    weights = [blob for name, blob in blobs if not name.endswith("bias")]
+    groups = [
+        {"params": weights, "lr_mult": 1, "weight_decay": cfg.weight_decay},
+        {
+            "params": biases,
+            "lr_mult": cfg.bias_lr_mult,
+            "weight_decay": cfg.weight_decay * cfg.bias_decay_mult,
+        },
+    ]
+    for group in groups:
+        group["lr"] = cfg.lr * group["lr_mult"]
+    if cfg.name == "sgd":
+        return torch.optim.SGD(groups, momentum=cfg.momentum, fused=True)
+    if cfg.name == "adam":
+        return torch.optim.Adam(groups, betas=tuple(cfg.betas), fused=True)
+    raise ValueError(f"optimizer.name={cfg.name}: choose sgd or adam")
+
+
+def step_policy(lr: float, gamma: float, every: int) -> Callable[[int], float]:
+    """Caffe's learning rate policy "step": iteration, from 0, -> lr * gamma ** (iteration // every)."""
+    return lambda iteration: lr * gamma ** (iteration // every)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of each group to `lr` times its `lr_mult`; SGD's velocity stays, as in Caffe.
+
+    Caffe (BVLC/caffe, sgd_solver.cpp) has the learning rate inside the velocity, v = momentum * v + lr * g
+    and w -= v. In torch it is outside, b = momentum * b + g and w -= lr * b: the same with v = lr * b, until
+    lr changes. Then b is multiplied by the old lr over the new, so that v is what it was.
+    """
+    for group in optimizer.param_groups:
+        old, group["lr"] = group["lr"], lr * group["lr_mult"]
+        if group["lr"] == old:
+            continue
+        for blob in group["params"]:
+            if (momentum := optimizer.state[blob].get("momentum_buffer")) is not None:  # Adam has none
+                momentum.mul_(old / group["lr"])

@@ -1,0 +1,154 @@
+"""Train and test a network on PASCAL VOC 2007 classification (Krähenbühl et al. 2016, Table 2).
+
+    python experiments/voc_cls.py init=kmeans
+
+Every setting is in configs/voc_cls.yaml and the groups beside it. A run that was killed goes on when the same
+command is given again. The last line printed is the path of the result record.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+import initializers
+from experiments.data.demo import make_demo
+from experiments.data.images import ImageCache, crop, whole
+from experiments.data.voc import CLASSES, Split, read_split
+from experiments.engine import run
+from experiments.engine.metrics import average_precision
+from experiments.engine.optim import make_optimizer, step_policy
+from experiments.engine.trainer import CropBatches, predict, train
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="voc_cls")
+@run.one_line_errors
+def main(cfg: DictConfig) -> None:
+    folder = run.run_folder(cfg)
+    record = folder / "record.json"
+    if record.exists():
+        print(f"this run is done; to run it again, delete its folder\n{record}")
+        return
+    device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
+    with run.open_folder(folder):
+        if cfg.data.name == "demo":
+            make_demo(cfg.data.root)
+        training, test = (read_split(cfg.data.root, cfg.data[split]) for split in ("train", "test"))
+        training_cache, test_cache = (
+            ImageCache.open(split.image_paths, cfg.data.cache).to(device) for split in (training, test)
+        )
+        crops = {"mean": cfg.data.mean, **cfg.crop}
+        model = instantiate(cfg.model).to(device)
+
+        start = initialize(cfg, folder, model, training_cache, training)
+        torch.manual_seed(cfg.seed)  # of dropout
+        train_seconds = train(
+            model,
+            multilabel_loss,
+            CropBatches(training_cache, training.labels, **crops, batch_size=cfg.train.batch_size, seed=cfg.seed),
+            make_optimizer(model, cfg.optimizer),
+            iterations=cfg.train.iterations,
+            lr_at=step_policy(cfg.optimizer.lr, cfg.train.lr_gamma, cfg.train.lr_every),
+            clip_norm=cfg.train.clip_norm,
+            folder=folder,
+            log_every=cfg.train.log_every,
+            checkpoint_seconds=cfg.train.checkpoint_seconds,
+        )
+
+        began = time.perf_counter()
+        scores = predict(model, test_cache, **crops, **cfg.evaluate, seed=cfg.seed)
+        precision = average_precision(scores, test.labels)
+        times = {"init": start["seconds"], "train": train_seconds, "evaluate": time.perf_counter() - began}
+
+        metrics = {name: precision[name] for name in ("map_step", "map_voc11")}
+        per_class = pd.DataFrame({kind: precision[kind] for kind in ("step", "voc11")}, index=CLASSES)
+        run.write_record(
+            record,
+            cfg,
+            device,
+            data=f"{cfg.data.name}, {len(training.ids)} + {len(test.ids)} images, short side {short_side(test_cache)} px",
+            metrics=metrics,
+            per_class=per_class.astype(object).where(per_class.notna(), None).T.to_dict(),
+            times=times,
+            curve="curve.csv",
+            init_report=start["report"],
+            change_rate=start["change_rate"],
+        )
+    per_class.loc["mean"] = list(metrics.values())
+    print(f"\naverage precision on {cfg.data.test} of {cfg.data.name}, percent")
+    print((100 * per_class).to_string(float_format="%.1f"))
+    print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in times.items()))
+    print(record)
+
+
+def multilabel_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sigmoid cross-entropy, summed over the classes, mean over the images (philkr/voc-classification).
+
+    Args:
+        logits: float (B, classes).
+        labels: int (B, classes), 1 present, -1 absent, 0 ignored.
+    """
+    target, weight = (labels > 0).float(), (labels != 0).float()
+    return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum") / len(logits)
+
+
+def short_side(cache: ImageCache) -> int:
+    """Median short side of the images in pixels: tells the official release from a copy scaled down."""
+    return int(torch.minimum(cache.heights, cache.widths).median())
+
+
+def initialize(cfg: DictConfig, folder: Path, model: nn.Module, cache: ImageCache, training: Split) -> dict:
+    """Initialize `model`, measure its change rates on other images; print both and write them to `init.json`.
+
+    A run that goes on has its weights in a checkpoint: nothing is done then but reading that file.
+
+    Returns:
+        `report` of the initialization (None if it looks at no images), its `seconds`, and `change_rate`.
+    """
+    path = folder / "init.json"
+    if run.has_checkpoint(folder):
+        return json.loads(path.read_text())
+    options = {key: value for key, value in cfg.init.items() if key not in ("name", "method", "images")}
+    images = [choose(cfg, "init", cache, range(len(cache)))] if "images" in cfg.init else []
+    began = time.perf_counter()
+    report = getattr(initializers, cfg.init.method)(model, *images, seed=cfg.seed, **options)
+    seconds = time.perf_counter() - began
+    if report is not None:
+        print(report)
+
+    position = {image_id: index for index, image_id in enumerate(training.ids)}
+    val = [position[image_id] for image_id in read_split(cfg.data.root, cfg.data.val).ids]
+    rates = initializers.change_rate(model, choose(cfg, "rates", cache, val), seed=cfg.seed)
+    table = pd.DataFrame({"change rate": rates.mean, "coefficient of variation": rates.cv})
+    print(f"\nchange rates on {cfg.rates.images} images of {cfg.data.val}, spread {rates.spread:.4g}")
+    print(table.to_string(float_format="%.4g"), flush=True)
+    start = {
+        "report": None if report is None else report.to_dict(),
+        "seconds": seconds,
+        "change_rate": {"mean": rates.mean, "cv": rates.cv, "spread": rates.spread},
+    }
+    run.write_json(path, start)
+    return start
+
+
+def choose(cfg: DictConfig, part: str, cache: ImageCache, among: Sequence[int]) -> Tensor:
+    """`cfg[part].images` of the images `among`, at random, each squashed to a square of the crop's size."""
+    count = cfg[part].images
+    if count > len(among):
+        raise ValueError(f"{part}.images={count}, but there are only {len(among)} to choose from: lower it")
+    generator = torch.Generator().manual_seed(cfg.seed)
+    index = torch.tensor(among)[torch.randperm(len(among), generator=generator)[:count]]
+    windows = whole(cache.heights.cpu()[index], cache.widths.cpu()[index])
+    return crop(cache, index, windows, cfg.crop.size, cfg.data.mean)
+
+
+if __name__ == "__main__":
+    main()
