@@ -1,0 +1,321 @@
+import copy
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+
+from scripts import make_tables
+
+PAPER = make_tables.RESULTS / "paper"
+CONFIGS = make_tables.RESULTS.parent / "configs"
+
+# As printed in arXiv:1511.06856v3.
+TABLE1 = """
+    no scaling 50.8% 41.2% 51.6% 49.4% 50.9% 52.0% 55.7% 53.8%
+    Within-layer (Ours) 47.6% 41.2% - - - - 53.2% 53.1%
+    Between-layer (Ours) 52.7% 55.7% - - - - 54.5% 57.2%
+    Both (Ours) 53.3% 56.6% 56.6% 60.0% 53.1% 56.9% 56.9% 59.8%
+"""
+TABLE2 = """
+    Xavier Glorot & Bengio (2010) 51.1% 40.4%
+    MSRA He et al. (2015) 43.3% 37.2%
+    Random Gaussian (hand tuned) 53.4% 41.3%
+    Ours (Random Gaussian) 53.3% 43.4%
+    Ours (PCA) 52.8% 43.1%
+    Ours (k-means) 56.6% 45.6%
+"""
+TABLE3 = """
+    Agrawal et al. (2015) egomotion 10 hours 52.9% 41.8%
+    Wang & Gupta (2015) motion 1 week 62.8% 47.4%
+    Doersch et al. (2015) unsupervised 4 weeks 55.3% 46.6%
+    Krizhevsky et al. (2012) 1000 class labels 3 days 78.2% 56.8%
+    Ours (k-means) initialization 54 seconds 56.6% 45.6%
+    Ours + Agrawal et al. (2015) egomotion 10 hours 54.2% 43.9%
+    Ours + Wang & Gupta (2015) motion 1 week 63.1% 47.2%
+    Ours + Doersch et al. (2015) unsupervised 4 weeks 65.3% 51.1%
+"""
+SECTION44 = """
+    using our k-means and Gaussian initializations. [...] GoogLeNet achieves a 50.0% and 55.0% mAP for the
+    two initializations respectively, while 16-layer VGG performs as 53.8% and 56.5%. [...] The training time
+    was 4 and 12 times slower than CaffeNet
+"""
+
+
+def printed(table):
+    """The percentages of each line, nan for a dash."""
+    cells = [re.findall(r"([\d.]+)%| (-)(?= |$)", line) for line in table.strip().splitlines()]
+    return [[float(number or "nan") for number, _ in line] for line in cells]
+
+
+def words(text):
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def test_table1_is_the_papers():
+    table = pd.read_csv(PAPER / "table1.csv")
+    columns = [(o, b, f) for o in ("sgd", "adam") for b in (False, True) for f in ("gaussian", "kmeans")]
+    cells = table.set_index(["scaling", "optimizer", "batch_norm", "filters"])["classification"]
+    ours = [[cells[scaling, *column] for column in columns] for scaling in ("none", "within", "between", "both")]
+    np.testing.assert_array_equal(ours, printed(TABLE1))
+    assert len(table) == 32
+
+
+@pytest.mark.parametrize(("name", "text"), [("table2", TABLE2), ("table3", TABLE3)])
+def test_tables_2_and_3_are_the_papers(name, text):
+    table = pd.read_csv(PAPER / f"{name}.csv")
+    np.testing.assert_array_equal(table[["classification", "detection"]].to_numpy(), printed(text))
+    labels = table[["method", *(["supervision", "pretraining_time"] if name == "table3" else [])]]
+    for label, line in zip(labels.agg(" ".join, axis=1), text.strip().splitlines(), strict=True):
+        assert words(label) == words(re.sub(r"[\d.]+%", "", line))
+
+
+def test_section_44_is_the_papers():
+    table = pd.read_csv(PAPER / "section4.4.csv")
+    percent = [float(number) for number in re.findall(r"([\d.]+)%", SECTION44)]
+    assert [*table["classification"]] == percent
+    assert [*table["network"]] == ["GoogLeNet", "GoogLeNet", "VGG-16", "VGG-16"]
+    assert [*table["init"]] == ["kmeans", "gaussian"] * 2
+    assert [*table["training_time"]] == [4, 4, 12, 12]
+
+
+def test_the_papers_tables_agree_where_they_overlap():
+    table1, table2, table3 = (pd.read_csv(PAPER / f"table{number}.csv") for number in (1, 2, 3))
+    sgd = table1.query("optimizer == 'sgd' and not batch_norm").set_index("init")["classification"]
+    table2 = table2.set_index("init")
+    assert [*sgd[["gaussian", "kmeans"]]] == [*table2.loc[["gaussian", "kmeans"], "classification"]]
+    kmeans = table3.set_index("method").loc["Ours (k-means)", ["classification", "detection"]]
+    assert [*kmeans] == [*table2.loc["kmeans", ["classification", "detection"]]]
+
+
+def test_the_papers_rows_are_initializations_that_the_command_offers():
+    table1, table2 = pd.read_csv(PAPER / "table1.csv"), pd.read_csv(PAPER / "table2.csv")
+    scalings = dict(zip(table1["init"], table1["scaling"], strict=True))
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for init in {*table1["init"], *table2["init"], *make_tables.BASELINES}:
+            config = compose("voc_cls", overrides=f"init={init}".split()).init
+            assert make_tables.row_key(config) == init
+            if init in scalings:
+                steps = {"none": (), "both": ("within", "between")}.get(scalings[init], (scalings[init],))
+                assert [step for step in ("within", "between") if config.get(step)] == [*steps]
+
+
+KMEANS = {"name": "kmeans", "method": "initialize", "within": True, "between": True, "bias": 0.1}
+RECORD = {
+    "experiment": "voc_cls",
+    "preset": "mini",
+    "seed": 0,
+    "metrics": {"map_step": 0.25, "map_voc11": 0.27},
+    "data": "voc2007, 5008 + 4952 images",
+    "device": "a CPU",
+    "versions": {"python": "3.12.1", "torch": "2.14.1"},
+    "git_commit": "fedcba9876543210",
+    "git_dirty": False,
+    "config": {
+        "preset": "mini",
+        "seed": 0,
+        "threads": None,
+        "init": KMEANS,
+        "model": {"width": 0.5, "batch_norm": False},
+        "optimizer": {"name": "sgd", "lr": 0.001},
+        "data": {"name": "voc2007", "root": "data/VOCdevkit", "mean": [104, 117, 123]},
+    },
+}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A folder of records, and a function which adds one to it: `RECORD` with changes at dotted names."""
+    folder = tmp_path / "runs"
+
+    def add(name, **changes):
+        record = copy.deepcopy(RECORD)
+        for dotted, value in changes.items():
+            *parents, leaf = dotted.split("__")
+            inner = record
+            for parent in parents:
+                inner = inner[parent]
+            inner[leaf] = value
+        path = folder / "voc_cls" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record))
+        return path
+
+    return folder, add
+
+
+def make(folder):
+    return make_tables.make_tables(folder, PAPER)
+
+
+def csv_rows(folder, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(make(folder)["table2.csv"])
+    return pd.read_csv(path, dtype={"seeds": str}).set_index(["preset", "init"])
+
+
+def test_rows_are_means_over_seeds_beside_the_published_number(runs, tmp_path):
+    folder, add = runs
+    for seed, step in enumerate((0.24, 0.25, 0.29)):
+        add(f"k{seed}", seed=seed, config__seed=seed, metrics__map_step=step)
+    add("lsuv", config__init={"name": "lsuv", "method": "lsuv"}, metrics={"map_step": 0.2, "map_voc11": 0.22})
+    rows = csv_rows(folder, tmp_path)
+
+    kmeans = rows.loc["mini", "kmeans"]
+    assert kmeans[["published", "map_step", "map_voc11", "n"]].tolist() == [56.6, 26, 27, 3]
+    assert kmeans["map_step_std"] == round(np.std([24, 25, 29], ddof=1), 2)
+    assert kmeans["seeds"] == "0 1 2"
+    origin = ["voc2007, 5008 + 4952 images", "a CPU", "python 3.12.1, torch 2.14.1", "fedcba9876"]
+    assert kmeans[["data", "device", "versions", "commit"]].tolist() == origin
+    assert rows.loc["mini", "lsuv"][["map_step", "n"]].tolist() == [20, 1]
+    assert np.isnan(rows.loc["mini", "lsuv"]["map_step_std"])
+
+    text = make(folder)["table2.md"]
+    assert "| Ours (k-means) | `kmeans` | 56.6 | 26.0 ± 2.6 | 27.0 ± 0.0 | 3 | 0 1 2 |" in text
+    assert "| LSUV (Mishkin & Matas 2016) | `lsuv` |  | 20.0 | 22.0 | 1 | 0 |" in text
+    assert all(f": {value}\n" in text for value in origin)
+
+
+def test_what_was_not_measured_is_an_empty_cell_in_the_papers_order(runs, tmp_path):
+    folder, add = runs
+    add("kmeans")
+    text, rows = make(folder)["table2.md"], csv_rows(folder, tmp_path)
+    assert "| Xavier (Glorot & Bengio 2010) | `xavier` | 51.1 |  |  |  |  |" in text
+    assert "(published in Table 1) | `gaussian_unscaled` | 50.8 |  |  |  |  |" in text
+    assert "| PyTorch default | `torch` |  |  |  |  |  |" in text
+    paper = [*pd.read_csv(PAPER / "table2.csv")["init"]]
+    assert [init for _, init in rows.index] == [*paper, "gaussian_unscaled", "torch", "lsuv"]
+    assert rows.drop(index=("mini", "kmeans"))[["map_step", "map_voc11", "n"]].isna().all(axis=None)
+
+
+def test_without_records_the_published_numbers_are_left(tmp_path):
+    rows = csv_rows(tmp_path / "none", tmp_path)
+    assert {preset for preset, _ in rows.index} == {"paper"}
+    assert rows.loc["paper", "kmeans"]["published"] == 56.6
+    assert rows["map_step"].isna().all()
+
+
+def test_other_initializations_get_rows_of_their_own(runs, tmp_path):
+    folder, add = runs
+    add("zca", config__init__name="zca", metrics__map_step=0.2)
+    add("within", config__init__between=False, metrics__map_step=0.1)
+    add("none", config__init__within=False, config__init__between=False, metrics__map_step=0.05)
+    rows = csv_rows(folder, tmp_path)
+    steps = {
+        "zca": (np.nan, 20),
+        "kmeans init.between=false": (41.2, 10),
+        "kmeans init.within=false init.between=false": (41.2, 5),
+    }
+    for init, expected in steps.items():
+        np.testing.assert_array_equal(rows.loc["mini", init][["published", "map_step"]].astype(float), expected)
+    assert np.isnan(rows.loc["mini", "kmeans"]["map_step"])
+
+
+def test_every_preset_and_every_changed_setting_is_a_block_of_its_own(runs):
+    folder, add = runs
+    add("a", config__threads=2, config__data__root="elsewhere")
+    add("b", config__threads=1, seed=1, config__seed=1)  # none of these makes another protocol
+    add("wide", config__model__width=1.0)
+    add("paper", preset="paper", config__preset="paper")
+    text = make(folder)["table2.md"]
+    titles = re.findall("^## (.*)$", text, re.MULTILINE)
+    assert titles == ["Preset mini, model.width=0.5", "Preset mini, model.width=1.0", "Preset paper"]
+    blocks = text.split("## ")[1:]
+    assert [re.search(r"`kmeans` .* (\d) \| ([\d ]+) \|", block).groups() for block in blocks] == [
+        ("2", "0 1"),
+        ("1", "0"),
+        ("1", "0"),
+    ]
+
+
+def test_code_that_was_not_committed_is_marked(runs):
+    folder, add = runs
+    add("a", git_dirty=True)
+    add("b", seed=1, git_commit=None)
+    assert "- commit: fedcba9876 with changes; unknown\n" in make(folder)["table2.md"]
+
+
+def test_other_tables_records_are_left_alone(runs, tmp_path):
+    folder, add = runs
+    add("adam", config__optimizer={"name": "adam"})
+    add("bn", config__model__batch_norm=True)
+    add("imagenet", experiment="imagenet", metrics={"top1": 0.5})
+    assert csv_rows(folder, tmp_path)["map_step"].isna().all()
+
+
+def test_the_order_of_the_files_does_not_matter_and_nothing_is_accumulated(runs, tmp_path):
+    folder, add = runs
+    add("a", seed=0)
+    add("b", seed=1, metrics__map_step=0.5)
+    first = make(folder)
+    assert make(folder) == first
+    (folder / "voc_cls" / "a.json").rename(folder / "z.json")
+    assert make(folder) == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"metrics": {"map_voc11": 0.3}}, "KeyError('map_step')"),
+        ({"metrics__map_step": float("nan")}, "no average precisions"),
+        ({"metrics__map_step": 56.6}, "no average precisions"),
+        ({"metrics__map_step": None}, "TypeError"),
+        ({"config": {}}, "KeyError('init')"),
+        ({"versions": "2.14"}, "AttributeError"),
+    ],
+)
+def test_a_bad_record_is_an_error_that_names_the_file(runs, changes, reason):
+    folder, add = runs
+    add("good")
+    path = add("bad", seed=1, **changes)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+        make(folder)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"experiment": "voc_cls", "pre', b"[]", b"\xff\xfe", b"3"])
+def test_a_file_that_is_no_record_is_an_error_that_names_it(runs, content):
+    folder, add = runs
+    path = add("good").with_name("bad.json")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        make(folder)
+
+
+def test_records_that_cannot_be_averaged_are_named(runs):
+    folder, add = runs
+    paths = [add("a"), add("b")]
+    with pytest.raises(ValueError, match="more than one record of a seed") as error:
+        make(folder)
+    assert all(str(path) in str(error.value) for path in paths)
+    paths[1] = add("b", seed=1, config__init__bias=0.0)
+    with pytest.raises(ValueError, match=re.escape("they differ in config.init.bias")) as error:
+        make(folder)
+    assert all(str(path) in str(error.value) for path in paths)
+
+
+def test_the_command_writes_the_tables_or_says_what_is_wrong(runs, monkeypatch, capsys):
+    folder, add = runs
+    add("kmeans")
+    results = folder.parent
+    (results / "paper").symlink_to(PAPER)
+    (results / "tables").mkdir()
+    monkeypatch.setattr(make_tables, "RESULTS", results)
+    make_tables.main()
+    written = {path.name: path.read_text() for path in (results / "tables").iterdir()}
+    assert written == make(folder)
+    assert capsys.readouterr().out.splitlines() == [str(results / "tables" / name) for name in written]
+
+    (folder / "bad.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"error: .*bad\.json"):
+        make_tables.main()
+    assert {path.name: path.read_text() for path in (results / "tables").iterdir()} == written
+
+
+def test_the_committed_tables_are_made_from_the_committed_records():
+    results: Path = make_tables.RESULTS
+    committed = {path.name: path.read_text() for path in (results / "tables").iterdir()}
+    assert committed == make(results / "runs"), "run `python scripts/make_tables.py`"
