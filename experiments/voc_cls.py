@@ -74,7 +74,7 @@ def main(cfg: DictConfig) -> None:
             record,
             cfg,
             device,
-            data=f"{cfg.data.name}, {len(training.ids)} + {len(test.ids)} images, short side {short_side(test_cache)} px",
+            data=describe(cfg, training_cache, test_cache),
             metrics=metrics,
             per_class=per_class.astype(object).where(per_class.notna(), None).T.to_dict(),
             times=times,
@@ -100,9 +100,10 @@ def multilabel_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum") / len(logits)
 
 
-def short_side(cache: ImageCache) -> int:
-    """Median short side of the images in pixels: tells the official release from a copy scaled down."""
-    return int(torch.minimum(cache.heights, cache.widths).median())
+def describe(cfg: DictConfig, training: ImageCache, test: ImageCache) -> str:
+    """The images of the run; the short side tells the official release from a copy that is scaled down."""
+    side = int(torch.minimum(test.heights, test.widths).median())
+    return f"{cfg.data.name}, {len(training)} + {len(test)} images, short side {side} px"
 
 
 def initialize(cfg: DictConfig, folder: Path, model: nn.Module, cache: ImageCache, training: Split) -> dict:
