@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import initializers
 from experiments.data.demo import make_demo
+from experiments.data.download import download, to_download
 from experiments.data.images import ImageCache, crop, whole
 from experiments.data.voc import CLASSES, Split, read_split
 from experiments.engine import run
@@ -41,6 +42,8 @@ def main(cfg: DictConfig) -> None:
     with run.open_folder(folder):
         if cfg.data.name == "demo":
             make_demo(cfg.data.root)
+        elif to_download(cfg.data.root):
+            download(cfg.data.root)
         training, test = (read_split(cfg.data.root, cfg.data[split]) for split in ("train", "test"))
         training_cache, test_cache = (
             ImageCache.open(split.image_paths, cfg.data.cache).to(device) for split in (training, test)

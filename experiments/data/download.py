@@ -26,6 +26,7 @@ MIRRORS = (
     "https://huggingface.co/datasets/JimmyUnleashed/Pascal_VOC/resolve/main/",
     "https://pjreddie.com/media/files/",
 )
+LOCK = ".download.lock"  # stays in a folder once a download has begun in it
 TIMEOUT = 30  # seconds without an answer after which the next mirror is tried
 
 
@@ -46,11 +47,19 @@ def download(root: str | Path, progress: bool = True) -> Path:
     if devkit := _present(root):
         return devkit
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / ".download.lock"):
+    with FileLock(root / LOCK):
         if devkit := _present(root):  # another process was faster
             return devkit
         archives = [_fetch(root / name, md5, progress) for name, md5 in ARCHIVES.items()]
         return _unpack(archives, root / "VOC2007", progress)
+
+
+def to_download(root: str | Path) -> bool:
+    """Whether `root` is there for `download` to fill: it does not exist, or a download has begun in it.
+
+    A folder that holds something else is rather a mistake in its name than a place for a gigabyte of images.
+    """
+    return not Path(root).exists() or (Path(root) / LOCK).exists()
 
 
 def _present(root: Path) -> Path | None:

@@ -360,3 +360,15 @@ def test_the_official_archives():
     official = {voc[year]["filename"]: voc[year]["md5"] for year in ("2007", "2007-test")}
     assert official == module.ARCHIVES
     assert all(mirror.startswith("http") and mirror.endswith("/") for mirror in module.MIRRORS)
+
+
+def test_only_a_missing_or_begun_folder_is_for_the_download(tmp_path):
+    assert module.to_download(tmp_path / "missing")
+    assert not module.to_download(tmp_path)  # an empty folder: a mistake in its name
+
+
+def test_a_download_that_failed_is_tried_again(server, tmp_path):
+    server.use("missing")
+    with pytest.raises(ConnectionError):
+        download(tmp_path, progress=False)
+    assert module.to_download(tmp_path)
