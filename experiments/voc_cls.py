@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
         training_cache, test_cache = (
             ImageCache.open(split.image_paths, cfg.data.cache).to(device) for split in (training, test)
         )
-        crops = {"mean": cfg.data.mean, **cfg.crop}
+        crops = {"mean": tuple(cfg.data.mean), **cfg.crop}
         model = instantiate(cfg.model).to(device)
 
         start = initialize(cfg, folder, model, training_cache, training)

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -164,6 +165,9 @@ def load_checkpoint(folder: Path) -> dict | None:
     found = [path for path in (newest, previous) if path.exists()]
     for path in found:
         try:
+            with zipfile.ZipFile(path) as archive:
+                if wrong := archive.testzip():  # torch.load does not look at the checksums
+                    raise zipfile.BadZipFile(f"wrong checksum of {wrong}")
             state = torch.load(path, map_location="cpu", weights_only=True)
         except OSError:
             raise
@@ -184,17 +188,22 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt"))
 
 
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that numbers depend on; of CUDA where there is a GPU."""
+    found = {"python": platform.python_version(), "initializers": initializers.__version__}
+    found |= {"torch": torch.__version__}  # with its build, such as +cu130
+    found |= {name: importlib.metadata.version(name) for name in ("torchvision", "scikit-learn", "numpy")}
+    if torch.cuda.is_available():
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return found
+
+
 def write_record(path: Path, cfg: DictConfig, device: torch.device, **results) -> None:
     """Write the record of a finished run: what it was, what came out, and where it was computed.
 
     Args:
         results: `data`, `metrics`, `per_class`, `times` and what else there is to say, ready for JSON.
     """
-    packages = ("torch", "torchvision", "scikit-learn", "numpy")
-    versions = {"python": platform.python_version(), "initializers": initializers.__version__}
-    versions |= {name: importlib.metadata.version(name) for name in packages}
-    if device.type == "cuda":
-        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     record = {
         "experiment": cfg.experiment,
         "preset": cfg.preset,
@@ -202,7 +211,7 @@ def write_record(path: Path, cfg: DictConfig, device: torch.device, **results) -
         **results,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": versions(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -245,4 +254,6 @@ def _write_whole(path: Path, content: bytes | memoryview, keep: Path | None = No
 
 
 def _cannot_write(path: Path, error: OSError) -> OSError:
-    return OSError(f"cannot write {path} ({error.strerror}): make room, then give the same command again")
+    return OSError(
+        f"cannot write {path} ({error.strerror}): make room or mend the folder, then give the same command again"
+    )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -68,7 +69,9 @@ class CropBatches:
         return crop(self.cache, index, _take(self.crops, part), self.size, self.mean), self.targets[index]
 
     def _start(self, epoch: int) -> None:
-        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        # Mixed into 32 bits, which is all that torch's generator looks at.
+        seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1).item()
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.cache), generator=generator)
         crops = _draw(self.cache, order, self.size, generator, self.options)
         device = self.cache.pixels.device
@@ -101,6 +104,7 @@ def train(
         batches: iteration, from 0, -> (inputs, targets), and the same for the same iteration.
         optimizer: from `make_optimizer`.
         lr_at: iteration -> learning rate, before the groups' multipliers.
+        folder: of the run; it exists.
         clip_norm: gradients of a larger global L2 norm are scaled down to it, before weight decay (Caffe).
 
     Returns:

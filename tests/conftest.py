@@ -1,0 +1,74 @@
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from experiments.data.demo import make_demo
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """Folder with a generated devkit in `set/`; the commands under test decode its images into `cache/`."""
+    folder = tmp_path_factory.mktemp("demo")
+    make_demo(folder / "set")
+    return folder
+
+
+@pytest.fixture
+def command(demo, tmp_path):
+    """The command line of an experiment on the demo set, in `tmp_path`: few iterations, one thread, one test crop."""
+
+    def build(script, *overrides):
+        flags = [override for override in overrides if override.startswith("-")]
+        return [
+            *(sys.executable, ROOT / "experiments" / script, *flags, "preset=demo", "evaluate.crops=1"),
+            *(f"data.root={demo / 'set'}", f"data.cache={demo / 'cache'}", f"output={tmp_path / 'outputs'}"),
+            *("train.iterations=60", "train.log_every=5", "rates.images=20", "model.dropout=0.5"),
+            *(override for override in overrides if override not in flags),
+        ]
+
+    return build
+
+
+@pytest.fixture
+def run(command, tmp_path):
+    """Run an experiment to its end: `run("voc_cls.py", "init=pca")` -> subprocess.CompletedProcess, with text."""
+
+    def execute(script, *overrides, **options):
+        environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+        environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # no network
+        return subprocess.run(
+            command(script, *overrides), cwd=tmp_path, env=environment, capture_output=True, text=True, **options
+        )
+
+    return execute
+
+
+@pytest.fixture
+def caffe_small():
+    """The network of tests/reference/caffe_small.prototxt, which has every kind of layer that CaffeNet has."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, 16, 7, stride=2),
+            relu1=nn.ReLU(inplace=True),
+            pool1=nn.MaxPool2d(3, stride=2, ceil_mode=True),
+            norm1=nn.LocalResponseNorm(5),
+            conv2=nn.Conv2d(16, 32, 5, padding=2, groups=2),
+            relu2=nn.ReLU(inplace=True),
+            pool2=nn.MaxPool2d(3, stride=2, ceil_mode=True),
+            norm2=nn.LocalResponseNorm(5),
+            conv3=nn.Conv2d(32, 24, 3, padding=1),
+            relu3=nn.ReLU(inplace=True),
+            pool3=nn.AvgPool2d(3, stride=2, padding=1, ceil_mode=True),
+            flatten=nn.Flatten(),
+            fc4=nn.Linear(384, 40),
+            relu4=nn.ReLU(inplace=True),
+            fc5=nn.Linear(40, 10),
+        )
+    )

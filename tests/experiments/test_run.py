@@ -1,0 +1,220 @@
+import errno
+import json
+import os
+import warnings
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from experiments.engine import run
+
+
+def config(*overrides):
+    with initialize_config_dir(str(run.Path(run.__file__).parents[2] / "configs"), version_base="1.3"):
+        return compose("voc_cls", list(overrides))
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Nothing gets through to the disk any more."""
+
+    def fsync(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+# The folder of a run.
+
+
+def test_the_folder_says_what_runs():
+    folder = run.run_folder(config("init=pca", "preset=mini", "seed=3", "output=there"))
+    assert folder.parent == run.Path("there/voc_cls")
+    assert folder.name.startswith("mini-pca-seed3-")
+
+
+def test_where_and_how_fast_it_runs_does_not_tell_runs_apart():
+    plain = run.run_folder(config())
+    for same in ("device=cuda", "threads=1", "data.cache=elsewhere", "train.checkpoint_seconds=1"):
+        assert run.run_folder(config(same)) == plain
+
+
+def test_what_is_computed_does():
+    settings = ["preset=mini", "init=pca", "init.bias=0", "seed=1", "tf32=true", "optimizer=adam", "optimizer.lr=1"]
+    settings += ["train.iterations=1", "train.log_every=1", "data.root=elsewhere", "model.width=2", "crop.mirror=false"]
+    folders = {run.run_folder(config(*change)) for change in [[], *([setting] for setting in settings)]}
+    assert len(folders) == 1 + len(settings)
+
+
+def test_only_one_process_works_in_a_folder(tmp_path):
+    with run.open_folder(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+        with pytest.raises(OSError, match=r"another process is at work in .*a/b"), run.open_folder(tmp_path / "a/b"):
+            pass
+    with run.open_folder(tmp_path / "a" / "b"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write to .*file/run \(Not a directory\): set output"):
+        run.open_folder(tmp_path / "file" / "run").__enter__()
+
+
+# Files are written whole or not at all.
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "a.json"
+    for content in ({"a": [1, 2.5, None]}, {}):
+        run.write_json(path, content)
+        assert json.loads(path.read_text()) == content
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_json_has_no_nan(tmp_path, number):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.write_json(tmp_path / "a.json", {"a": number})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, full_disk):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(OSError, match=r"cannot write .*a.json \(No space left on device\): make room"):
+        run.write_json(path, {})
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_lines_are_appended(tmp_path):
+    run.append_line(tmp_path / "a.csv", "1,2")
+    run.append_line(tmp_path / "a.csv", "3,4")
+    assert (tmp_path / "a.csv").read_text() == "1,2\n3,4\n"
+    with pytest.raises(OSError, match=r"cannot write .* \(Is a directory\)"):
+        run.append_line(tmp_path, "5,6")
+
+
+# Checkpoints.
+
+
+def state(step):
+    return {"step": step, "weights": torch.arange(1000.0) + step, "nested": [{"a": torch.tensor(1)}, None]}
+
+
+def load_quietly(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return run.load_checkpoint(folder)
+
+
+def test_no_checkpoint(tmp_path):
+    assert load_quietly(tmp_path) is None
+    assert not run.has_checkpoint(tmp_path)
+
+
+def test_the_newest_checkpoint_is_loaded_and_the_one_before_kept(tmp_path):
+    for step in range(3):
+        run.save_checkpoint(tmp_path, state(step))
+        loaded = load_quietly(tmp_path)
+        assert loaded["step"] == step
+        assert torch.equal(loaded["weights"], state(step)["weights"])
+        assert run.has_checkpoint(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.previous.pt", "checkpoint.pt"]
+    assert torch.load(tmp_path / "checkpoint.previous.pt")["step"] == 1
+
+
+def test_killed_between_the_two_renames(tmp_path):
+    run.save_checkpoint(tmp_path, state(0))
+    os.rename(tmp_path / "checkpoint.pt", tmp_path / "checkpoint.previous.pt")
+    assert run.has_checkpoint(tmp_path)
+    assert load_quietly(tmp_path)["step"] == 0
+    run.save_checkpoint(tmp_path, state(1))
+    assert load_quietly(tmp_path)["step"] == 1
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.tensor(500.0).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, damage):
+    for step in range(2):
+        run.save_checkpoint(tmp_path, state(step))
+    damage(tmp_path / "checkpoint.pt")
+    with pytest.warns(UserWarning, match=r"checkpoint\.pt is damaged"):
+        assert run.load_checkpoint(tmp_path)["step"] == 0
+    # From now on it is the newest, so that a good one stays whatever happens to the next.
+    assert load_quietly(tmp_path)["step"] == 0
+    run.save_checkpoint(tmp_path, state(2))
+    truncate(tmp_path / "checkpoint.pt")
+    with pytest.warns(UserWarning, match=r"checkpoint\.pt is damaged"):
+        assert run.load_checkpoint(tmp_path)["step"] == 0
+
+
+def test_every_checkpoint_damaged(tmp_path):
+    for step in range(2):
+        run.save_checkpoint(tmp_path, state(step))
+    truncate(tmp_path / "checkpoint.pt")
+    truncate(tmp_path / "checkpoint.previous.pt")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(OSError, match=r"every checkpoint in .* is damaged: delete that folder"),
+    ):
+        run.load_checkpoint(tmp_path)
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_a_full_disk_leaves_the_old_checkpoints(tmp_path, request):
+    for step in range(2):
+        run.save_checkpoint(tmp_path, state(step))
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt \(No space left on device\)"):
+        run.save_checkpoint(tmp_path, state(2))
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.previous.pt", "checkpoint.pt"]
+    assert load_quietly(tmp_path)["step"] == 1
+
+
+# The device.
+
+
+@pytest.fixture
+def as_before():
+    before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_num_threads(before[0])
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[1:]
+
+
+@pytest.mark.usefixtures("as_before")
+@pytest.mark.parametrize("tf32", [False, True])
+def test_the_device_is_set_up(monkeypatch, tf32):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.set_up("auto", 1, tf32) == run.set_up("cpu", None, tf32) == torch.device("cpu")
+    assert torch.get_num_threads() == 1
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run.set_up("auto", 1, tf32) == run.set_up("cuda", 1, tf32) == torch.device("cuda")
+    assert run.set_up("cpu", 1, tf32) == torch.device("cpu")
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device=cuda, but torch finds no GPU here: choose device=cpu"):
+        run.set_up("cuda", None, False)
+    with pytest.raises(ValueError, match="device=gpu: choose auto, cpu or cuda"):
+        run.set_up("gpu", None, False)
+    with pytest.raises(ValueError, match="threads=0: choose at least 1"):
+        run.set_up("cpu", 0, False)
