@@ -131,12 +131,12 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
     return Report(list(rows.values()), images=len(inputs[0]), seconds=time.perf_counter() - start)
 
 
-@torch.no_grad()
 def _fill(model: nn.Module, seed: int, fill) -> None:
     """Biases to 0 and `fill(name, layer, generator)` for each affine layer."""
     layers = affine_layers(model)
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    for name, layer in layers.items():
-        if layer.bias is not None:
-            layer.bias.zero_()
-        fill(name, layer, generator)
+    with unchanged_on_error(model, seed), torch.no_grad():
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+        for name, layer in layers.items():
+            if layer.bias is not None:
+                layer.bias.zero_()
+            fill(name, layer, generator)

@@ -31,6 +31,7 @@ _HOMOGENEOUS_FUNCTIONS = {
     torch.relu,
     torch.relu_,
     torch.flatten,
+    torch.mean,
     torch.reshape,
     F.relu,
     F.relu_,
@@ -42,7 +43,7 @@ _HOMOGENEOUS_FUNCTIONS = {
     F.dropout,
     F.dropout2d,
 }
-_HOMOGENEOUS_METHODS = {"relu", "relu_", "flatten", "reshape", "view", "contiguous"}
+_HOMOGENEOUS_METHODS = {"relu", "relu_", "flatten", "mean", "reshape", "view", "contiguous"}
 _SHAPE_METHODS = {"size", "dim", "numel"}
 
 
@@ -100,13 +101,26 @@ def _scale_norm(norm: nn.BatchNorm2d, incoming: float, outgoing: float) -> None:
 
     With v the running variance, v' + eps = incoming² (v + eps) keeps the function in spite of eps. Where that
     would need a negative v', it is 0 and the weight takes up the rest.
+
+    Raises:
+        InitializationError: there is no weight to do so.
     """
     total = incoming**2 * (norm.running_var + norm.eps)
+    if not norm.affine and (total < norm.eps).any():
+        raise InitializationError(
+            f"a BatchNorm without weights has eps {norm.eps}, too large for an input scaled by {incoming:.1e}; "
+            "lower it, or pass affine=True"
+        )
     norm.running_mean.mul_(incoming)
     norm.running_var.copy_((total - norm.eps).clamp_min(0))
     if norm.affine:
         norm.weight.mul_(outgoing * ((norm.running_var + norm.eps) / total).sqrt())
         norm.bias.mul_(outgoing)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, AFFINE) or super().is_leaf_module(module, name)
 
 
 def trace_chain(model: nn.Module) -> Chain:
@@ -117,10 +131,25 @@ def trace_chain(model: nn.Module) -> Chain:
     """
     remedy = "pass between=False to set the filters and normalise each layer only"
     try:
-        graph = fx.symbolic_trace(model).graph
+        attributes = set(vars(model))
+        graph = _Tracer().trace(model)
+        for name in set(vars(model)) - attributes:  # tensors made on the way, which the tracer keeps in the model
+            delattr(model, name)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         message = f"the between-layer step cannot trace {type(model).__name__} ({error}); {remedy}"
         raise InitializationError(message) from error
+
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def is_constant(node: fx.Node) -> bool:
+        """Whether a node is the same for all images and all scales: a size, a buffer, or what comes of those alone."""
+        if node.op == "get_attr":
+            return node.target not in parameters
+        if node.op == "call_method" and node.target in _SHAPE_METHODS:
+            return True
+        if node.op == "call_function" and node.target is getattr and node.args[1] == "shape":
+            return True
+        return node.op.startswith("call") and bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes))
 
     layers: list[tuple[str, int | None, int]] = []  # name, scale before, scale after
     norms: list[tuple[nn.Module, int | None, int | None]] = []
@@ -131,9 +160,9 @@ def trace_chain(model: nn.Module) -> Chain:
     scale: int | None = None  # of the tensor that the last node gave; None is pinned to 0
     scales = 0
     for node in graph.nodes:
-        if _is_shape(node):
+        if is_constant(node):
             continue
-        sources = [source for source in node.all_input_nodes if not _is_shape(source)]
+        sources = [source for source in node.all_input_nodes if not is_constant(source)]
         if sources != ([] if node_before is None else [node_before]):
             raise InitializationError(
                 f"the between-layer step needs a chain of layers, but it branches at {node}; {remedy}"
@@ -174,15 +203,6 @@ def trace_chain(model: nn.Module) -> Chain:
         norms=[(norm, row(before), row(after)) for norm, before, after in norms],
         measured=measured,
     )
-
-
-def _is_shape(node: fx.Node) -> bool:
-    """Whether a node only asks for a size."""
-    if node.op == "call_method":
-        return node.target in _SHAPE_METHODS
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] == "shape"
-    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_shape, node.all_input_nodes))
 
 
 def _is_homogeneous(node: fx.Node, module: nn.Module | None) -> bool:

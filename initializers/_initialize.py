@@ -1,5 +1,6 @@
 """The method: filters, within-layer normalisation (Algorithm 1) and between-layer normalisation (Algorithm 2)."""
 
+import math
 import time
 
 import torch
@@ -74,8 +75,8 @@ def initialize(
         raise InitializationError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     start = time.perf_counter()
     with unchanged_on_error(model, seed):
-        chain = trace_chain(model) if between else None
         inputs = as_inputs(model, images)
+        chain = trace_chain(model) if between else None
         report = Report([], images=len(inputs[0]))
         if filters is not None or within:
             _sweep(model, inputs, filters, within, bias, seed, report)
@@ -131,7 +132,7 @@ def _sweep(
         mean, std = _statistics(name, layer, output)
         row.mean_before, row.std_before = mean.mean().item(), std.mean().item()
         if within:
-            output = _normalise(layer, output, mean, std, bias)
+            output = _normalise(name, layer, output, mean, std, bias)
             mean, std = _statistics(name, layer, output)
             row.mean_after, row.std_after = mean.mean().item(), std.mean().item()
         row.seconds = time.perf_counter() - started
@@ -141,8 +142,19 @@ def _sweep(
         forward(model, inputs, before, after)
 
 
-def _normalise(layer: nn.Module, output: Tensor, mean: Tensor, std: Tensor, bias: float) -> Tensor:
-    """W(i, :) / sigma(i), and the bias that makes the mean `bias`; the output follows, as it is linear in both."""
+def _normalise(name: str, layer: nn.Module, output: Tensor, mean: Tensor, std: Tensor, bias: float) -> Tensor:
+    """W(i, :) / sigma(i), and the bias that makes the mean `bias`; the output follows, as it is linear in both.
+
+    Raises:
+        InitializationError: a channel does not vary beyond rounding.
+    """
+    flat = std <= 1e-5 * mean.abs()
+    if flat.any():
+        channel = flat.nonzero()[0].item()
+        raise InitializationError(
+            f"layer {name}: output channel {channel} has zero variance on {len(output)} image(s), so it cannot be "
+            "scaled; pass more, or more varied, images, or check for inputs that are always zero"
+        )
     layer.weight.div_(std.view(-1, *[1] * (layer.weight.ndim - 1)))
     if layer.bias is None:
         return output.div_(per_channel(layer, std))
@@ -154,18 +166,11 @@ def _statistics(name: str, layer: nn.Module, output: Tensor) -> tuple[Tensor, Te
     """Mean and standard deviation of each channel.
 
     Raises:
-        InitializationError: a channel is not finite, or does not vary beyond rounding.
+        InitializationError: a channel is not finite.
     """
     mean, std = channel_statistics(layer, output)
     if not (torch.isfinite(mean) & torch.isfinite(std)).all():
         raise InitializationError(f"layer {name}: its output holds NaN or Inf; check the weights before it")
-    flat = std <= 1e-5 * mean.abs()
-    if flat.any():
-        channel = flat.nonzero()[0].item()
-        raise InitializationError(
-            f"layer {name}: output channel {channel} has zero variance on {len(output)} image(s), so it cannot be "
-            "scaled; pass more, or more varied, images, or check for inputs that are always zero"
-        )
     return mean, std
 
 
@@ -193,8 +198,8 @@ def _equalise(
 
     def measured() -> tuple[Rates, Tensor]:
         rates, output = measure(model, inputs, seed, before=follow)
-        if not torch.isfinite(output).all():
-            raise InitializationError("the output overflows: the layers' scales differ too much; use within=True")
+        if not torch.isfinite(output).all() or math.inf in rates.mean.values():
+            raise InitializationError("the output or its gradient overflows: normalise the images, or use within=True")
         still = next((name for name, mean in rates.mean.items() if not mean > 0), None)
         if still is not None:
             raise InitializationError(f"layer {still}: no gradient reaches its weights on these images; initialize it")

@@ -1,6 +1,6 @@
 """What every step needs of a model: its affine layers, its inputs, one forward pass, and a safe way to change it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -50,6 +50,8 @@ def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
         inputs = (images,)
     elif isinstance(images, tuple) and images and all(isinstance(image, Tensor) for image in images):
         inputs = images
+    elif not isinstance(images, Iterable):
+        raise InitializationError(f"images is a {type(images).__name__}: pass a float tensor or an iterable of batches")
     else:
         batches = [_first_tensor(batch) for batch in images]
         if not batches:

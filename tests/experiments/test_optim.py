@@ -1,4 +1,3 @@
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +17,9 @@ def optimizer(model, base=SGD, **changes):
     return make_optimizer(model, OmegaConf.create(base | changes))
 
 
-def small_network():
-    """caffe_small.prototxt."""
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(3, 16, 7, stride=2),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(3, stride=2, ceil_mode=True),
-            norm1=nn.LocalResponseNorm(5),
-            conv2=nn.Conv2d(16, 32, 5, padding=2, groups=2),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(3, stride=2, ceil_mode=True),
-            norm2=nn.LocalResponseNorm(5),
-            conv3=nn.Conv2d(32, 24, 3, padding=1),
-            relu3=nn.ReLU(),
-            pool3=nn.AvgPool2d(3, stride=2, padding=1, ceil_mode=True),
-            flatten=nn.Flatten(),
-            fc4=nn.Linear(384, 40),
-            relu4=nn.ReLU(),
-            fc5=nn.Linear(40, 10),
-        )
-    )
-
-
-def errors_along_caffes_path(change_lr):
+def errors_along_caffes_path(model, change_lr):
     """Largest relative error of any blob after each of Caffe's 12 iterations, and the relative errors of the loss."""
     truth = np.load(REFERENCE / "caffe_sgd.npz")
-    model = small_network()
     weights = lambda n: {name: torch.from_numpy(truth[f"iter{n}.{name}"]) for name in model.state_dict()}  # noqa: E731
     model.load_state_dict(weights(0))
     images, labels = torch.from_numpy(truth["images"]), torch.from_numpy(truth["labels"])
@@ -66,18 +41,18 @@ def errors_along_caffes_path(change_lr):
     return np.array(errors), np.array(losses) / truth["loss"] - 1
 
 
-def test_twelve_iterations_of_caffe_across_a_drop_of_the_learning_rate():
-    weights, losses = errors_along_caffes_path(set_lr)
+def test_twelve_iterations_of_caffe_across_a_drop_of_the_learning_rate(caffe_small):
+    weights, losses = errors_along_caffes_path(caffe_small, set_lr)
     assert weights.max() < 1e-4
     assert abs(losses).max() < 1e-4
 
 
-def test_the_plain_way_to_change_the_learning_rate_is_not_caffes():
+def test_the_plain_way_to_change_the_learning_rate_is_not_caffes(caffe_small):
     def plain(sgd, lr):
         for group in sgd.param_groups:
             group["lr"] = lr * group["lr_mult"]
 
-    weights, _ = errors_along_caffes_path(plain)
+    weights, _ = errors_along_caffes_path(caffe_small, plain)
     assert weights[:5].max() < 1e-4
     assert weights[5:].min() > 1e-3
 

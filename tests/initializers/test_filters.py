@@ -1,0 +1,268 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from torch import nn
+
+from initializers import initialize
+from initializers._filters import DATA_DRIVEN, KINDS, _as_weight, draw_filters, draw_patches, spherical_kmeans
+
+LAYERS = {
+    "plain": lambda: nn.Conv2d(6, 12, 3, bias=False),
+    "strides": lambda: nn.Conv2d(6, 12, (3, 2), stride=(2, 3), padding=(0, 1), bias=False),
+    "dilation": lambda: nn.Conv2d(6, 12, 3, padding=2, dilation=(2, 1), bias=False),
+    "groups": lambda: nn.Conv2d(6, 12, 3, padding=1, groups=3, bias=False),
+    "same": lambda: nn.Conv2d(6, 12, (4, 3), padding="same", padding_mode="reflect", groups=2, bias=False),
+    "circular": lambda: nn.Conv2d(6, 12, 5, padding=1, padding_mode="circular", bias=False),
+    "pointwise": lambda: nn.Conv2d(6, 5, 1, bias=False),
+    "linear": lambda: nn.Linear(20, 12, bias=False),
+}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def build(name, samples=200):
+    """A layer and an input with a mean and correlations, so that whitening has something to do."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    if isinstance(layer, nn.Linear):
+        return layer, 3 + torch.randn(samples, 20) @ torch.randn(20, 20)
+    x = F.avg_pool2d(torch.randn(samples, 6, 13, 13), 3, stride=1)
+    return layer, 3 + torch.einsum("nchw,cd->ndhw", x, torch.randn(6, 6))
+
+
+def rows(layer, outputs):
+    """The outputs of a layer, one row per sample, in float64."""
+    return outputs.double() if outputs.ndim == 2 else outputs.double().movedim(1, -1).flatten(0, -2)
+
+
+def grouped_covariance(layer, x):
+    """Covariance of the outputs within each group (groups, outputs, outputs)."""
+    outputs = rows(layer, layer(x)).detach().unflatten(1, (getattr(layer, "groups", 1), -1)).movedim(1, 0)
+    centred = outputs - outputs.mean(1, keepdim=True)
+    return centred.mT @ centred / centred.shape[1]
+
+
+def with_filters(kind, layer, x, seed=0):
+    weight, note = draw_filters(kind, layer, x, generator(seed))
+    assert (weight.shape, weight.dtype, note) == (layer.weight.shape, torch.float32, "")
+    layer.weight.data = weight
+    return layer
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_patches_are_what_the_layer_multiplies(name):
+    """Filters times patches are the outputs of the layer, each sample once."""
+    layer, x = build(name, samples=5)
+    patches = draw_patches(layer, x, 10**6, generator())
+    filters = torch.randn(*patches.shape[::2][:1], layer.weight.shape[0] // len(patches), patches.shape[2])
+    layer.weight.data = _as_weight(layer, filters).contiguous()
+    products = (patches @ filters.mT).movedim(0, 1).flatten(1).double()
+    outputs = rows(layer, layer(x)).detach()
+    assert products.shape == outputs.shape
+    torch.testing.assert_close(
+        products[products[:, 0].argsort()], outputs[outputs[:, 0].argsort()], rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["groups", "linear"])
+def test_patches_are_drawn_without_replacement(name):
+    layer, x = build(name)
+    every, some = (draw_patches(layer, x, limit, generator()) for limit in (10**6, 150))
+    assert some.shape == (len(every), 150, every.shape[2])
+    known = {tuple(row) for row in every[0].tolist()}
+    drawn = [tuple(row) for row in some[0].tolist()]
+    assert len(set(drawn)) == 150
+    assert set(drawn) <= known
+    assert not torch.equal(some, draw_patches(layer, x, 150, generator(1)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("kind", ["pca", "zca"])
+def test_pca_and_zca_give_white_outputs(kind, name):
+    layer, x = build(name)
+    covariance = grouped_covariance(with_filters(kind, layer, x), x)
+    torch.testing.assert_close(
+        covariance, torch.eye(covariance.shape[1]).double().expand_as(covariance), atol=2e-3, rtol=0
+    )
+
+
+def decompose(layer, x, group=0):
+    """Centred patches of a group, in the order of the weight, and their principal variances and directions, float64."""
+    if isinstance(layer, nn.Linear):
+        patches = x.double()
+    else:  # the outputs of filters that are 1 at one place
+        units = torch.eye(layer.weight[0].numel()).view(-1, *layer.weight.shape[1:])
+        units = units.repeat(layer.groups, 1, 1, 1)
+        patches = rows(layer, layer._conv_forward(x, units, None)).chunk(layer.groups, dim=1)[group]
+    patches = patches - patches.mean(0)
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    return patches, values.flip(0), vectors.flip(1)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_pca_filters_are_the_leading_principal_components(name):
+    layer, x = build(name)
+    filters = with_filters("pca", layer, x).weight.detach().double().flatten(1)
+    blocks = filters.chunk(getattr(layer, "groups", 1))
+    for group, block in enumerate(blocks):
+        _, values, vectors = decompose(layer, x, group)
+        components = vectors.T[: len(block)] / values[: len(block), None].sqrt()
+        cosine = F.cosine_similarity(block, components).abs()
+        torch.testing.assert_close(cosine, torch.ones_like(cosine), atol=1e-3, rtol=0)
+        torch.testing.assert_close(block.norm(dim=1), components.norm(dim=1), atol=0, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["plain", "linear"])
+def test_zca_outputs_are_the_closest_white_ones_to_those_of_random_filters(name):
+    """Which they are if the covariance of the two is symmetric and positive (the orthogonal Procrustes problem)."""
+    layer, x = build(name)
+    drawn = generator()
+    draw_patches(layer, x, 10**6, drawn)
+    random = torch.randn(1, *layer.weight.flatten(1).shape, generator=drawn)
+    white = rows(layer, with_filters("zca", layer, x)(x)).detach()
+    layer.weight.data = _as_weight(layer, random)
+    covariance = torch.cat([white, rows(layer, layer(x)).detach()], 1).T.cov(correction=0)[:12, 12:]
+    torch.testing.assert_close(covariance, covariance.T, rtol=0, atol=1e-3 * covariance.abs().max().item())
+    assert torch.linalg.eigvalsh(covariance).min() > 0
+
+
+@pytest.mark.parametrize("name", ["strides", "groups", "linear"])
+@pytest.mark.parametrize("kind", ["patches", "kmeans"])
+def test_codes_are_unit_vectors_of_the_whitened_space(kind, name):
+    """`patches` are some of the whitened patches, `kmeans` are centres; both are taken back to the input space."""
+    layer, x = build(name)
+    filters = with_filters(kind, layer, x).weight.detach().double().flatten(1)
+    for group, block in enumerate(filters.chunk(getattr(layer, "groups", 1))):
+        patches, values, vectors = decompose(layer, x, group)
+        std, vectors = values[: len(block)].sqrt(), vectors[:, : len(block)]
+        codes = block @ vectors * std  # undoes whitening = vectors / std
+        torch.testing.assert_close(codes / std @ vectors.T, block, rtol=0, atol=1e-3 * block.abs().max().item())
+        torch.testing.assert_close(codes.norm(dim=1), torch.ones(len(block)).double(), rtol=0, atol=1e-3)
+        points = F.normalize(patches @ vectors / std, dim=1)
+        cosine = codes @ points.T
+        if kind == "patches":
+            assert cosine.max(1).values.min() > 0.999
+            assert len(set(cosine.argmax(1).tolist())) == len(block)
+        else:  # closer to the points than as many of the points are
+            assert cosine.max(0).values.mean() > 1.05 * (points[: len(block)] @ points.T).max(0).values.mean()
+
+
+def directions(*shape):
+    return F.normalize(torch.randn(*shape, generator=generator(7)), dim=-1)
+
+
+def test_kmeans_finds_planted_clusters():
+    planted = directions(2, 8, 20)
+    points = F.normalize(planted.repeat(1, 50, 1) + 0.05 * torch.randn(2, 400, 20, generator=generator()), dim=2)
+    centres = spherical_kmeans(points, torch.arange(16, 24), generator())  # one first centre in each cluster
+    torch.testing.assert_close(centres.norm(dim=2), torch.ones(2, 8))
+    assert (centres * planted).sum(2).min() > 0.99
+
+
+def test_kmeans_is_as_good_as_scikit_learn():
+    """Mean cosine of the points to their centres, against Lloyd's algorithm run to its end from as many points."""
+    layer, x = build("plain")
+    patches, values, vectors = decompose(layer, x)
+    points = F.normalize((patches @ vectors / values.sqrt())[:, :20], dim=1).float()[:5000]
+    centres = spherical_kmeans(points.unsqueeze(0), torch.arange(32), generator())[0]
+    baseline = KMeans(32, init="random", n_init=1, max_iter=300, random_state=0).fit(points.numpy()).cluster_centers_
+    ours, theirs = (
+        (points @ F.normalize(c, dim=1).T).max(1).values.mean() for c in (centres, torch.from_numpy(baseline))
+    )
+    assert ours > 0.975 * theirs
+
+
+def test_an_empty_cluster_starts_again():
+    points = directions(1, 6, 10).repeat(1, 40, 1)
+    start = torch.arange(0, 24, 6)  # four times the same point
+    centres = spherical_kmeans(points, start, generator())[0]
+    assert torch.equal(centres, spherical_kmeans(points, start, generator())[0])
+    assert (centres @ centres.T).fill_diagonal_(0).max() < 0.99
+    torch.testing.assert_close(centres.norm(dim=1), torch.ones(4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_outputs_than_inputs(kind):
+    """64 filters on 3x3x3."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 64, 3), F.avg_pool2d(torch.randn(30, 3, 14, 14), 3, stride=1)
+    layer = with_filters(kind, layer, x)
+    assert torch.isfinite(layer.weight).all()
+    assert F.normalize(layer.weight.detach().flatten(1), dim=1).unique(dim=0).shape[0] == 64
+    if kind == "pca":  # the components, then random directions among them
+        covariance = grouped_covariance(layer, x)[0]
+        torch.testing.assert_close(covariance[:27, :27], torch.eye(27).double(), atol=2e-3, rtol=0)
+        torch.testing.assert_close(covariance.diagonal(), torch.ones(64).double(), atol=2e-3, rtol=0)
+        assert torch.linalg.matrix_rank(layer.weight[27:].flatten(1)) == 27
+    model = nn.Sequential(layer)
+    initialize(model, x, kind, between=False)
+    std, mean = torch.std_mean(layer(x).detach(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(std, torch.ones(64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(mean, torch.full((64,), 0.1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["pca", "kmeans", "patches"])
+def test_directions_without_variance_get_no_weight(kind):
+    """The first channels are the same but for rounding, of which the covariance makes eigenvalues of either sign."""
+    layer, x = nn.Conv2d(6, 9, 1, bias=False), build("pointwise")[1]
+    x[:, 1:4] = x[:, :1] + 1e-4 * torch.randn(len(x), 3, 11, 11)
+    layer = with_filters(kind, layer, x)
+    weight = layer.weight.detach().flatten(1)
+    assert (weight[:, 1:4] - weight[:, :1]).abs().max() < 1e-3 * weight.abs().max()
+    if kind == "pca":
+        variances = grouped_covariance(layer, x)[0].diagonal()
+        torch.testing.assert_close(variances, torch.ones(9).double(), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", DATA_DRIVEN)
+def test_fewer_samples_than_outputs(kind, monkeypatch):
+    layer, x = build("linear", samples=11)
+    weight, note = draw_filters(kind, layer, x, generator())
+    assert note == "11 samples for 12 outputs"
+    assert weight.std() == pytest.approx(0.01, rel=0.2)
+    assert draw_filters(kind, layer, torch.randn(12, 20), generator())[1] == ""
+    monkeypatch.setattr("initializers._filters.MAX_PATCH_VALUES", 10 * 20)
+    assert draw_filters(kind, layer, torch.randn(12, 20), generator())[1] == "10 samples for 12 outputs"
+
+
+@pytest.mark.parametrize("kind", DATA_DRIVEN)
+def test_groups_see_their_own_channels_only(kind):
+    layer, x = build("groups")
+    before, _ = draw_filters(kind, layer, x, generator())
+    x[:, 2:4] = x[:, 2:4].flip(3) ** 2
+    after, _ = draw_filters(kind, layer, x, generator())
+    same = [torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(before.chunk(3), after.chunk(3), strict=True)]
+    assert same == [True, False, True]
+
+
+def test_gaussian_is_that_of_the_paper():
+    weight, _ = draw_filters("gaussian", nn.Conv2d(30, 40, 5, groups=2), None, generator())
+    assert weight.shape == (40, 15, 5, 5)
+    assert weight.std().item() == pytest.approx(0.01, rel=0.03)
+    assert abs(weight.mean().item()) < 3e-4
+    assert (weight.abs() < 0.01).float().mean().item() == pytest.approx(0.6827, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(8, 12, 3, groups=2), nn.Linear(20, 20), nn.Conv2d(3, 64, 3), nn.Linear(5, 9)]
+)
+def test_orthonormal_rows_or_columns(layer):
+    weight, _ = draw_filters("orthonormal", layer, None, generator())
+    for block in weight.flatten(1).chunk(getattr(layer, "groups", 1)):
+        gram = block @ block.T if len(block) <= block.shape[1] else block.T @ block
+        torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "convolution", "linear"), [(kind, kind, "gaussian") for kind in DATA_DRIVEN] + [("orthonormal",) * 3]
+)
+def test_linear_layers_after_convolutions_are_gaussian(asked, convolution, linear):
+    torch.manual_seed(0)
+    images = torch.randn(50, 3, 6, 6)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 5))
+    assert [row.filters for row in initialize(model, images, asked).layers] == [convolution, linear, linear]
+    report = initialize(nn.Sequential(nn.Flatten(), nn.Linear(108, 6), nn.ReLU(), nn.Linear(6, 5)), images, asked)
+    assert [row.filters for row in report.layers] == [asked, asked]
