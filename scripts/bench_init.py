@@ -6,7 +6,6 @@ Writes results/bench/init.json. Seconds are the median of three; what counts are
 """
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from sklearn.cluster import MiniBatchKMeans
 import initializers
 from experiments.data.images import ImageCache, crop, whole
 from experiments.data.voc import read_split
-from experiments.engine.run import write_json
+from experiments.engine.run import device_name, versions, write_json
 from experiments.networks import CaffeNet
 from initializers._filters import MAX_PATCH_VALUES, draw_patches, spherical_kmeans, whitening_matrix
 from initializers._model import forward
@@ -51,32 +50,29 @@ def main() -> None:
 
     times = {
         "forward": seconds(forward_pass),
-        "kmeans": seconds(lambda: initializers.initialize(model, images, "kmeans")),
+        "k-means": seconds(lambda: initializers.initialize(model, images, "kmeans")),
         "gaussian": seconds(lambda: initializers.initialize(model, images, "gaussian")),
         "pca": seconds(lambda: initializers.initialize(model, images, "pca")),
         "lsuv": seconds(lambda: initializers.lsuv(model, images)),
     }
     times |= arithmetic(model, images)
-    times["arithmetic"] = times["whiten"] + times["cluster"]
+    times["k-means arithmetic"] = times["whiten"] + times["cluster"]
+    around = times["k-means"] - times["k-means arithmetic"]
     ratios = {
-        "kmeans without its arithmetic / forward": (times["kmeans"] - times["arithmetic"]) / times["forward"],
-        "kmeans / forward": times["kmeans"] / times["forward"],
-        "gaussian / forward": times["gaussian"] / times["forward"],
-        "lsuv / forward": times["lsuv"] / times["forward"],
-        "MiniBatchKMeans / cluster": times["MiniBatchKMeans"] / times["cluster"],
+        "k-means initialization without whitening and clustering / forward pass": around / times["forward"],
+        "k-means initialization / forward pass": times["k-means"] / times["forward"],
+        "Gaussian initialization / forward pass": times["gaussian"] / times["forward"],
+        "LSUV / forward pass": times["lsuv"] / times["forward"],
+        "scikit-learn's MiniBatchKMeans / our clustering": times["MiniBatchKMeans"] / times["cluster"],
     }
     for name, value in times.items():
-        print(f"{name:16} {value:7.2f} s")
+        print(f"{name:20} {value:7.2f} s")
     for name, value in ratios.items():
-        print(f"{name:40} {value:6.2f}")
+        print(f"{name:70} {value:6.2f}")
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    about = {
-        "network": "CaffeNet, 1000 outputs, 227 px",
-        "images": IMAGES,
-        "threads": torch.get_num_threads(),
-    }
-    write_json(OUT, about | {"seconds": times, "ratios": ratios, "versions": versions})
+    about = {"network": "CaffeNet, 1000 outputs, 227 px", "images": IMAGES, "versions": versions()}
+    about |= {"device": device_name(images.device), "threads": torch.get_num_threads()}
+    write_json(OUT, about | {"seconds": times, "ratios": ratios})
     print(OUT)
 
 

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from experiments.data.images import ImageCache
 from experiments.data.voc import read_split
 from experiments.engine.optim import make_optimizer, step_policy
-from experiments.engine.run import versions, write_json
+from experiments.engine.run import device_name, versions, write_json
 from experiments.engine.trainer import CropBatches, train
 from experiments.voc_cls import multilabel_loss
 
@@ -70,8 +70,9 @@ def main() -> None:
         print(f"{name:8} {milliseconds:7.2f} ms a step")
     print(f"trainer / bare {ratio:.3f}")
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    about = {"preset": "mini", "device": "cpu", "threads": torch.get_num_threads(), "versions": versions()}
-    write_json(OUT, about | {"milliseconds": step, "trainer / bare": ratio})
+    about = {"preset": "mini", "versions": versions()}
+    about |= {"device": device_name(inputs.device), "threads": torch.get_num_threads()}
+    write_json(OUT, about | {"milliseconds": step, "ratios": {"training step / bare step": ratio}})
     print(OUT)
 
 

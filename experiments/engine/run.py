@@ -209,7 +209,7 @@ def write_record(path: Path, cfg: DictConfig, device: torch.device, **results) -
         "preset": cfg.preset,
         "seed": cfg.seed,
         **results,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "git_commit": _git("rev-parse", "HEAD"),
@@ -220,8 +220,10 @@ def write_record(path: Path, cfg: DictConfig, device: torch.device, **results) -
     write_json(path, record)
 
 
-def _processor() -> str:
-    """Name of the CPU, as Linux gives it or as Python does elsewhere."""
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or of the CPU as Linux gives it or as Python does elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
