@@ -128,7 +128,7 @@ def test_batch_norm_scales_exactly_in_spite_of_eps(variance, incoming, outgoing)
 def test_batch_norm_without_weights_cannot_make_up_for_eps():
     norm = nn.BatchNorm1d(6, affine=False).eval()
     _scale_norm(norm, 0.1, 1)
-    with pytest.raises(InitializationError, match="eps 1e-05, too large for an input scaled by 1.0e-03"):
+    with pytest.raises(InitializationError, match=r"eps 1e-05, too large for an input scaled by 1.0e-03"):
         _scale_norm(norm, 0.001, 1)
 
 
