@@ -46,7 +46,7 @@ def draw_filters(kind: str, layer: nn.Module, x: Tensor, generator: torch.Genera
     groups = getattr(layer, "groups", 1)
     shape = (groups, weight.shape[0] // groups, weight[0].numel())
     if kind == "gaussian":
-        return _randn(shape, generator).mul_(GAUSSIAN_STD).view(weight.shape), ""
+        return torch.empty_like(weight).normal_(0, GAUSSIAN_STD, generator=generator), ""
     if kind == "orthonormal":
         blocks = torch.empty(shape, device=weight.device)
         for block in blocks:
@@ -57,7 +57,7 @@ def draw_filters(kind: str, layer: nn.Module, x: Tensor, generator: torch.Genera
     patches = draw_patches(layer, x, MAX_PATCH_VALUES // (groups * shape[2]), generator)
     if patches.shape[1] < outputs:
         note = f"{patches.shape[1]} samples for {outputs} outputs"
-        return _randn(shape, generator).mul_(GAUSSIAN_STD).view(weight.shape), note
+        return torch.empty_like(weight).normal_(0, GAUSSIAN_STD, generator=generator), note
     patches -= patches.mean(1, keepdim=True)
 
     if kind == "zca":

@@ -20,8 +20,9 @@ from initializers._rates import Rates, measure
 from initializers._report import LayerReport, Report
 
 METHODS = ("balance", "paper")
-RATE_IMAGES = 16  # the between-layer step measures on this many of the images, as the authors' code does
+RATE_IMAGES = 12  # the between-layer step measures on this many of the images (the authors' code: 16); more gain little
 PAPER_STEPS = 10  # "roughly 10 iterations", Algorithm 2
+FEW_IMAGES = 4  # enough to correct what is off by a factor of ten, which the next round corrects again
 MAX_ROUNDS = 10  # of the exact step, where LRN makes it inexact
 SETTLED = 1.05  # spread at which the rounds end; less than the spread between two samples of images
 

@@ -44,7 +44,7 @@ def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
         InitializationError: no images, integer images, images without any variance, NaN or Inf in images or weights.
     """
     for name, layer in affine_layers(model).items():
-        if not all(torch.isfinite(parameter).all() for parameter in layer.parameters()):
+        if not all(map(_is_finite, layer.parameters())):
             raise InitializationError(f"layer {name}: its weights hold NaN or Inf; initialize or load them again")
     if isinstance(images, Tensor):
         inputs = (images,)
@@ -83,10 +83,16 @@ def _check(image: Tensor) -> None:
         )
     if image.ndim < 2 or len(image) == 0:
         raise InitializationError(f"images have shape {tuple(image.shape)}: expected (N, ...) with at least one image")
-    if not torch.isfinite(image).all():
+    if not _is_finite(image):
         raise InitializationError("images hold NaN or Inf: check the decoding and the normalisation")
-    if (image.flatten(2) if image.ndim > 2 else image[:, :, None]).transpose(0, 1).flatten(1).var(1).max() == 0:
+    others = [dimension for dimension in range(image.ndim) if dimension != 1]
+    if torch.equal(image.amin(others), image.amax(others)):
         raise InitializationError("images have no variance (are they all black?): pass real images")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; in one pass, as NaN propagates."""
+    return all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from initializers._filters import pad
 from initializers._model import InitializationError, as_inputs, forward, unchanged_on_error
 
 BATCH = 16  # images a pass: bounds the activations kept for the backward pass
-MAX_COLUMN_VALUES = 32_000_000  # floats of unfolded input (128 MB) held at a time
+MAX_COLUMN_VALUES = 4_000_000  # floats of unfolded input (16 MB) held at a time: little memory, and faster
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _like(output: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _rate(name: str, layer: nn.Module, squares: Tensor) -> Tensor:
-    weight = layer.weight.detach().float().square().mean().double().cpu()
+    weight = layer.weight.detach().float().norm().double().cpu().square() / layer.weight.numel()
     if weight == 0:
         raise InitializationError(f"layer {name}: its weights are all zero, so it has no change rate; initialize it")
     return (squares / weight).sqrt()
@@ -137,5 +137,6 @@ def _column_squares(layer: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
         unfolded = F.unfold(x_part, layer.kernel_size, layer.dilation, stride=layer.stride)
         unfolded = unfolded.view(-1, columns * kernel, positions)  # (images * groups, patch, positions)
         weights = gradient_part.reshape(len(unfolded), -1, positions) @ unfolded.mT
-        total += weights.square().sum((0, 1)).view(columns, kernel).sum(1).double()
+        norms = torch.linalg.vector_norm(weights.flatten(0, 1), dim=0)
+        total += norms.square().view(columns, kernel).sum(1).double()
     return total.cpu() / (layer.out_channels * kernel)

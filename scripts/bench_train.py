@@ -24,7 +24,7 @@ from experiments.voc_cls import multilabel_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "bench" / "train.json"
-STEPS = 300
+STEPS = 1000
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
             )
 
     times: dict[str, list[float]] = {"bare": [], "trainer": [], "crops": []}
-    for repeat in range(6):  # in turns, so that a change of the machine's speed touches all alike; the first warms up
+    for repeat in range(3):  # in turns, so that a change of the machine's speed touches all alike; the first warms up
         for name, part in (("bare", bare), ("trainer", trainer), ("crops", lambda: [*map(batches, range(STEPS))])):
             start = time.perf_counter()
             part()

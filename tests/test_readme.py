@@ -1,9 +1,11 @@
 """The README's examples run."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -45,3 +47,23 @@ def test_commands_name_what_exists(command):
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_make_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_results_are_those_of_the_records():
+    table = pd.read_csv(ROOT / "results" / "tables" / "table2.csv").query("preset == 'mini'").set_index("init")
+    rows = re.findall(r"^\| `init=(.*?)`.*? \| ([\d.]*) \| ([\d.]*) \| ([\d.]*) \|$", README, re.M)
+    measured = table[table["n"] > 0]
+    assert {init for init, *_ in rows} == set(measured.index)
+    for init, *cells in rows:
+        for cell, column in zip(cells, ("published", "map_step", "map_voc11"), strict=True):
+            value = measured.loc[init, column]
+            assert cell == ("" if pd.isna(value) else f"{value:.1f}"), (init, column)
+
+
+@pytest.mark.parametrize("name", ["init", "train"])
+def test_ratios_are_those_of_the_benchmarks(name):
+    ratios = json.loads((ROOT / "results" / "bench" / f"{name}.json").read_text())["ratios"]
+    stated = dict(re.findall(rf"^\| (.*?) \| ([\d.]+) \| `scripts/bench_{name}.py` \|$", README, re.M))
+    assert stated
+    for what, value in stated.items():
+        assert value == f"{ratios[what]:.2f}"
