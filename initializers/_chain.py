@@ -82,18 +82,24 @@ class Chain:
         return not self.measured
 
     @torch.no_grad()
-    def apply(self, model: nn.Module, u: Tensor) -> None:
+    def apply(self, model: nn.Module, u: Tensor) -> dict[str, float]:
         """Scale the parameters of `model` (and the running statistics of BatchNorm) by the log-scales u.
 
         For the layers in `measured`, dividing the weights by the scale of the input is left to the caller.
+
+        Returns:
+            What the weights of each layer were multiplied by.
         """
+        factors = {}
         for name, weight, bias in zip(self.layers, self.weight @ u, self.bias @ u, strict=True):
             layer = model.get_submodule(name)
-            layer.weight.mul_((bias if name in self.measured else weight).exp().item())
+            factors[name] = (bias if name in self.measured else weight).exp().item()
+            layer.weight.mul_(factors[name])
             if layer.bias is not None:
                 layer.bias.mul_(bias.exp().item())
         for norm, incoming, outgoing in self.norms:
             _scale_norm(norm, (incoming @ u).exp().item(), (outgoing @ u).exp().item())
+        return factors
 
 
 def _scale_norm(norm: nn.BatchNorm2d, incoming: float, outgoing: float) -> None:

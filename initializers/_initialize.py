@@ -189,12 +189,15 @@ def _equalise(
     chosen = torch.linspace(0, count - 1, min(count, RATE_IMAGES)).round().long()
     inputs = tuple(x[chosen.to(x.device)] for x in inputs)
     sizes: dict[str, Tensor] = {}  # mean magnitude of each layer's input
+    scales = dict.fromkeys(chain.layers, 1.0)
 
     def follow(name: str, layer: nn.Module, x: Tensor) -> None:
         """Divide out how much LRN really changed the layer's input, which only a forward pass can tell."""
         size = x.abs().mean()
         if name in chain.measured and name in sizes:
-            layer.weight.mul_(sizes[name] / size)
+            ratio = (sizes[name] / size).item()
+            layer.weight.mul_(ratio)
+            scales[name] *= ratio
         sizes[name] = size
 
     def measured() -> tuple[Rates, Tensor]:
@@ -206,11 +209,11 @@ def _equalise(
             raise InitializationError(f"layer {still}: no gradient reaches its weights on these images; initialize it")
         return rates, output
 
-    weights = {name: model.get_submodule(name).weight.norm() for name in chain.layers}
     rates, output = first_rates, first_output = measured()
     for _ in range(MAX_ROUNDS if method == "balance" else PAPER_STEPS):
         u = chain.equalising([rates.mean[name] for name in chain.layers])
-        chain.apply(model, u if method == "balance" else alpha * u)
+        for name, factor in chain.apply(model, u if method == "balance" else alpha * u).items():
+            scales[name] *= factor
         report.rounds += 1
         last = rates.spread
         rates, output = measured()
@@ -221,6 +224,6 @@ def _equalise(
         report.layers = [LayerReport(name, tuple(model.get_submodule(name).weight.shape)) for name in chain.layers]
     for row in report.layers:
         row.rate_before, row.rate_after = first_rates.mean[row.name], rates.mean[row.name]
-        row.scale = (model.get_submodule(row.name).weight.norm() / weights[row.name]).item()
+        row.scale = scales[row.name]
     report.rate_images = len(chosen)
     report.output_change = ((output - first_output).norm() / first_output.norm()).item()

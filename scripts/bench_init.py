@@ -86,9 +86,9 @@ def arithmetic(model: torch.nn.Module, images: torch.Tensor) -> dict[str, float]
             return
         outputs = layer.out_channels // layer.groups
         patches = draw_patches(layer, x, MAX_PATCH_VALUES // (layer.groups * layer.weight[0].numel()), generator)
-        patches -= patches.mean(1, keepdim=True)
 
         def whiten() -> torch.Tensor:
+            patches.sub_(patches.mean(1, keepdim=True))
             return F.normalize(patches @ whitening_matrix(patches, outputs), dim=2)
 
         points = whiten()
