@@ -211,7 +211,8 @@ def _equalise(
 
     rates, output = first_rates, first_output = measured()
     for _ in range(MAX_ROUNDS if method == "balance" else PAPER_STEPS):
-        u = chain.equalising([rates.mean[name] for name in chain.layers])
+        mean = rates.mean
+        u = chain.equalising([mean[name] for name in chain.layers])
         for name, factor in chain.apply(model, u if method == "balance" else alpha * u).items():
             scales[name] *= factor
         report.rounds += 1
@@ -222,8 +223,9 @@ def _equalise(
 
     if not report.layers:
         report.layers = [LayerReport(name, tuple(model.get_submodule(name).weight.shape)) for name in chain.layers]
+    first_mean, mean = first_rates.mean, rates.mean
     for row in report.layers:
-        row.rate_before, row.rate_after = first_rates.mean[row.name], rates.mean[row.name]
+        row.rate_before, row.rate_after = first_mean[row.name], mean[row.name]
         row.scale = scales[row.name]
     report.rate_images = len(chosen)
     report.output_change = ((output - first_output).norm() / first_output.norm()).item()
