@@ -6,24 +6,26 @@ import time
 import torch
 from torch import Tensor, nn
 
-from initializers._filters import draw_filters
-from initializers._model import InitializationError, affine_layers, as_inputs, forward, unchanged_on_error
+from initializers._filters import orthonormal
+from initializers._initialize import recorded, sweep
+from initializers._layers import MODULES, NO_LAYER, Call, Layer, Layers, affine_modules
+from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped
 from initializers._report import LayerReport, Report
 
 
 def gaussian(model: nn.Module, std: float = 0.01, *, seed: int = 0) -> None:
     """Weights N(0, std²), biases 0. The paper's unscaled Gaussian has std .01 (section 4.1)."""
-    _fill(model, seed, lambda _, layer, generator: layer.weight.normal_(0, std, generator=generator))
+    _fill(model, seed, lambda layer, generator: layer.weight.normal_(0, std, generator=generator))
 
 
 def xavier(model: nn.Module, *, seed: int = 0) -> None:
     """Weights U(-a, a) with a = sqrt(3 / fan_in), biases 0: Glorot & Bengio (2010) as Caffe has it, fan_in alone.
 
-    fan_in = in_channels / groups * kernel height * kernel width.
+    fan_in = in_channels / groups * positions of the kernel.
     """
 
-    def fill(_: str, layer: nn.Module, generator: torch.Generator) -> None:
-        limit = math.sqrt(3 / layer.weight[0].numel())
+    def fill(layer: Layer, generator: torch.Generator) -> None:
+        limit = math.sqrt(3 / layer.fan_in)
         layer.weight.uniform_(-limit, limit, generator=generator)
 
     _fill(model, seed, fill)
@@ -35,8 +37,8 @@ def msra(model: nn.Module, *, seed: int = 0) -> None:
     As the paper uses it (section 4.2): "only for the convolutional layers", a Gaussian for the fully connected ones.
     """
 
-    def fill(_: str, layer: nn.Module, generator: torch.Generator) -> None:
-        std = math.sqrt(2 / layer.weight[0].numel()) if isinstance(layer, nn.Conv2d) else 0.01
+    def fill(layer: Layer, generator: torch.Generator) -> None:
+        std = 0.01 if layer.linear else math.sqrt(2 / layer.fan_in)
         layer.weight.normal_(0, std, generator=generator)
 
     _fill(model, seed, fill)
@@ -51,18 +53,18 @@ def caffe(model: nn.Module, *, seed: int = 0) -> None:
     Raises:
         InitializationError: the model does not state it, or not for one of its layers.
     """
-    fillers = getattr(model, "caffe_fillers", None)
+    fillers = getattr(unwrapped(model), "caffe_fillers", None)
     if fillers is None:
         raise InitializationError(
             f"{type(model).__name__} states no reference initialization: give it an attribute caffe_fillers, a dict "
             "from layer name to (std, bias), or choose another initialization"
         )
-    missing = [name for name in affine_layers(model) if name not in fillers]
+    missing = [layer.name for layer in affine_modules(unwrapped(model)) if layer.name not in fillers]
     if missing:
         raise InitializationError(f"caffe_fillers of {type(model).__name__} lacks {', '.join(missing)}")
 
-    def fill(name: str, layer: nn.Module, generator: torch.Generator) -> None:
-        std, bias = fillers[name]
+    def fill(layer: Layer, generator: torch.Generator) -> None:
+        std, bias = fillers[layer.name]
         layer.weight.normal_(0, std, generator=generator)
         if layer.bias is not None:
             layer.bias.fill_(bias)
@@ -71,10 +73,20 @@ def caffe(model: nn.Module, *, seed: int = 0) -> None:
 
 
 def torch_default(model: nn.Module, *, seed: int = 0) -> None:
-    """PyTorch's default, `reset_parameters()` of each layer: weights and biases U(-a, a) with a = sqrt(1 / fan_in)."""
+    """PyTorch's default, `reset_parameters()` of each layer: weights and biases U(-a, a) with a = sqrt(1 / fan_in).
+
+    Attention has a default of its own: Xavier's for the projections that go in, and biases 0.
+    """
+    modules = [module for module in model.modules() if isinstance(module, (*MODULES, nn.MultiheadAttention))]
+    if not modules:
+        raise InitializationError(NO_LAYER)
     with unchanged_on_error(model, seed):
-        for layer in affine_layers(model).values():
-            layer.reset_parameters()
+        for module in modules:
+            if not isinstance(module, nn.MultiheadAttention):
+                module.reset_parameters()
+        for module in modules:
+            if isinstance(module, nn.MultiheadAttention):  # after the projection that it holds
+                module._reset_parameters()
 
 
 def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, max_iterations: int = 21) -> Report:
@@ -95,48 +107,62 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
         InitializationError: as `initialize`; the model is then as it was.
     """
     start = time.perf_counter()
-    rows: dict[str, LayerReport] = {}
+    model = unwrapped(model)
+    rows: list[LayerReport] = []
     started = 0.0
 
-    def before(name: str, layer: nn.Module, x: Tensor) -> None:
+    def before(call: Call, _: list[Tensor]) -> None:
         nonlocal started
         started = time.perf_counter()
-        rows[name] = LayerReport(name, tuple(layer.weight.shape), "orthonormal")
-        layer.weight.copy_(draw_filters("orthonormal", layer, x, generator)[0])
-        if layer.bias is not None:
-            layer.bias.zero_()
+        layer = call.layer
+        rows.append(LayerReport(layer.name, tuple(layer.weight.shape), "orthonormal"))
+        layer.set_weight(orthonormal(layer, generator))
 
-    def after(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> Tensor:
-        row = rows[name]
-        variance, mean = torch.var_mean(output.float(), correction=0)
-        row.mean_before, row.std_before = mean.item(), variance.sqrt().item()
+    def after(call: Call, outputs: list[Tensor]) -> None:
+        row, layer = rows[-1], call.layer
+        mean, variance = _moments(outputs)
+        row.mean_before, row.std_before = mean, math.sqrt(variance)
         for _ in range(max_iterations):
-            if not torch.isfinite(variance) or variance == 0:
-                raise InitializationError(
-                    f"layer {name}: its output has variance {variance.item()}; pass varied images"
-                )
-            if (1 - variance).abs() <= tolerance:
+            if not math.isfinite(variance) or variance == 0:
+                raise InitializationError(f"layer {layer.name}: its output has variance {variance}; pass varied images")
+            if abs(1 - variance) <= tolerance:
                 break
-            layer.weight.div_(variance.sqrt())
-            output.div_(variance.sqrt())
-            variance, mean = torch.var_mean(output.float(), correction=0)
-        row.mean_after, row.std_after = mean.item(), variance.sqrt().item()
+            layer.weight.div_(math.sqrt(variance))
+            for output in outputs:
+                output.div_(math.sqrt(variance))
+            mean, variance = _moments(outputs)
+        row.mean_after, row.std_after = mean, math.sqrt(variance)
         row.seconds = time.perf_counter() - started
-        return output
 
     with unchanged_on_error(model, seed), torch.no_grad():
-        inputs = as_inputs(model, images)
+        inputs, layers = as_inputs(model, images), Layers(model)
         generator = torch.Generator(inputs[0].device).manual_seed(seed)
-        forward(model, inputs, before, after)
-    return Report(list(rows.values()), images=len(inputs[0]), seconds=time.perf_counter() - start)
+        sweep(layers, inputs, recorded(layers, inputs)[0], before, after)
+        if not rows:
+            raise InitializationError(NO_LAYER)
+    return Report(rows, images=len(inputs[0]), seconds=time.perf_counter() - start)
+
+
+def _moments(outputs: list[Tensor]) -> tuple[float, float]:
+    """Mean and population variance of all values of a layer's output."""
+    count = sum(output.numel() for output in outputs)
+    mean = sum(output.sum(dtype=torch.float32).item() for output in outputs) / count
+    squares = 0.0
+    for output in outputs:
+        for row in output:  # a copy that fits the cache
+            squares += torch.linalg.vector_norm(row.float() - mean).item() ** 2
+    return mean, squares / count
 
 
 def _fill(model: nn.Module, seed: int, fill) -> None:
-    """Biases to 0 and `fill(name, layer, generator)` for each affine layer."""
-    layers = affine_layers(model)
+    """Biases to 0 and `fill(layer, generator)` for each affine layer."""
+    model = unwrapped(model)
+    layers = list(affine_modules(model))
+    if not layers:
+        raise InitializationError(NO_LAYER)
     with unchanged_on_error(model, seed), torch.no_grad():
-        generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-        for name, layer in layers.items():
+        generator = torch.Generator(layers[0].weight.device).manual_seed(seed)
+        for layer in layers:
             if layer.bias is not None:
                 layer.bias.zero_()
-            fill(name, layer, generator)
+            fill(layer, generator)

@@ -5,10 +5,13 @@ the layer multiplies by its weights, padding included. With groups, each group h
 groups are computed together as one batch.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from initializers._layers import Call, Layer
 from initializers._model import InitializationError
 
 KINDS = ("gaussian", "pca", "zca", "kmeans", "patches", "orthonormal")
@@ -17,12 +20,16 @@ DATA_DRIVEN = ("pca", "zca", "kmeans", "patches")
 GAUSSIAN_STD = 0.01  # of the unscaled Gaussian baseline (section 4.1); Algorithm 1 makes the scale irrelevant
 MAX_PATCH_VALUES = 32_000_000  # patches are drawn until this many floats (128 MB): 88,000 at CaffeNet's conv1
 KMEANS_ITERATIONS = 10  # Coates & Ng (2012) find ten sufficient
+MEAN_PATCHES = 2_000  # show how much a group's patches vary apart from the direction of their mean
+MIN_REST = 0.05
 MIN_EIGENVALUE = 1e-6  # relative to the largest; below, a direction of the patches is rounding noise
 
 
 @torch.no_grad()
-def draw_filters(kind: str, layer: nn.Module, x: Tensor, generator: torch.Generator) -> tuple[Tensor, str]:
-    """New weights for `layer`, whose input is `x`.
+def draw_filters(
+    kind: str, call: Call, inputs: list[Tensor], generator: torch.Generator, centre: bool = False
+) -> tuple[Tensor, str]:
+    """New weights for the layer of `call`, whose input is `inputs`, one tensor per batch.
 
     - ``gaussian``: N(0, 0.01²).
     - ``orthonormal``: the rows are orthonormal, or the columns where there are more outputs than inputs.
@@ -38,95 +45,124 @@ def draw_filters(kind: str, layer: nn.Module, x: Tensor, generator: torch.Genera
     need no more; ``pca`` follows its components with random directions of the whitened space, since there is no
     further component; ``zca`` uses the pseudo-inverse.
 
+    Args:
+        centre: leave the direction of the mean patch out of patches and filters, so that the outputs have mean 0: for
+            a layer without a bias that could see to it. Behind BatchNorm with fresh running statistics, evaluation
+            and training mode then agree. Groups whose patches hardly vary otherwise, such as a depthwise filter on
+            maps of one position, keep it.
+
     Returns:
-        The weights, shaped as `layer.weight`, and a note: empty, or why another kind was used. Layers for which
-        there are fewer samples than outputs become Gaussian.
+        The weights (groups, outputs, inputs, kernel), and a note: empty, or why another kind was used. Transposed
+        convolutions, which see no patches, and layers with fewer samples than outputs become Gaussian.
     """
-    weight = layer.weight
-    groups = getattr(layer, "groups", 1)
-    shape = (groups, weight.shape[0] // groups, weight[0].numel())
+    layer = call.layer
+    if layer.transposed or not centre:
+        return _draw(kind, call, inputs, generator, None)
+    direction = _mean_direction(call, inputs, generator)
+    blocks, note = _draw(kind, call, inputs, generator, direction)
+    filters = blocks.transpose(2, 3).flatten(2).float()
+    left = int((direction == 0).all(1).sum())
+    if left:
+        reason = f"{left} of {layer.groups} groups keep their mean, as their input hardly varies but along it"
+        note = f"{note}; {reason}" if note else reason
+    return _as_blocks(layer, filters - (filters @ direction) @ direction.mT), note
+
+
+def _draw(
+    kind: str, call: Call, inputs: list[Tensor], generator: torch.Generator, direction: Tensor | None
+) -> tuple[Tensor, str]:
+    layer = call.layer
+    groups, outputs, width, kernel = layer.blocks.shape
     if kind == "gaussian":
-        return torch.empty_like(weight).normal_(0, GAUSSIAN_STD, generator=generator), ""
+        return _gaussian(layer, generator), ""
     if kind == "orthonormal":
-        blocks = torch.empty(shape, device=weight.device)
-        for block in blocks:
-            nn.init.orthogonal_(block, generator=generator)
-        return blocks.view(weight.shape), ""
+        return orthonormal(layer, generator), ""
+    if layer.transposed:
+        return _gaussian(layer, generator), "Gaussian filters, as a transposed convolution sees no patches"
 
-    outputs = shape[1]
-    patches = draw_patches(layer, x, MAX_PATCH_VALUES // (groups * shape[2]), generator)
+    patches = draw_patches(call, inputs, MAX_PATCH_VALUES // (groups * width * kernel), generator)
     if patches.shape[1] < outputs:
-        note = f"{patches.shape[1]} samples for {outputs} outputs"
-        return torch.empty_like(weight).normal_(0, GAUSSIAN_STD, generator=generator), note
+        note = f"Gaussian filters, as there are {patches.shape[1]} samples for {outputs} outputs"
+        return _gaussian(layer, generator), note
+    still = (patches.amax(1) == patches.amin(1)).all(1)  # groups of few channels may be dead
+    if still.all():
+        raise InitializationError("the layer's input has no variance: pass more, or more varied, images")
     patches -= patches.mean(1, keepdim=True)
+    if direction is not None:
+        patches -= (patches @ direction) @ direction.mT
+    blocks = _as_blocks(layer, _from_patches(kind, patches, outputs, generator))
+    if not still.any():
+        return blocks, ""
+    note = f"Gaussian filters in {int(still.sum())} of {groups} groups, whose input does not vary"
+    return torch.where(still.view(-1, 1, 1, 1), _gaussian(layer, generator), blocks), note
 
+
+def _mean_direction(call: Call, inputs: list[Tensor], generator: torch.Generator) -> Tensor:
+    """Unit vectors (groups, patch, 1) along the mean patch of each group; 0 where nothing else varies."""
+    groups, _, width, kernel = call.layer.blocks.shape
+    positions = tuple(range(inputs[0].ndim - 1))
+    mean = sum(call.windows(x.detach()).sum(positions, dtype=torch.float32) for x in inputs)
+    direction = F.normalize(mean.reshape(kernel, groups, width).transpose(0, 1).flatten(1), dim=1).unsqueeze(2)
+    patches = draw_patches(call, inputs, MEAN_PATCHES, generator)
+    patches -= patches.mean(1, keepdim=True)
+    along, total = (patches @ direction).square().sum((1, 2)), patches.square().sum((1, 2))
+    return direction * (total - along > MIN_REST * total).view(-1, 1, 1)
+
+
+def _from_patches(kind: str, patches: Tensor, outputs: int, generator: torch.Generator) -> Tensor:
+    """Data-driven filters (groups, outputs, patch) from centred patches (groups, patches, patch)."""
     if kind == "zca":
-        projection = _randn(shape, generator)
+        projection = _randn((len(patches), outputs, patches.shape[2]), generator)
         responses = patches @ projection.mT
         values, vectors = _eigh(responses.mT @ responses / responses.shape[1])
-        filters = (vectors * _inverse_sqrt(values).unsqueeze(1)) @ vectors.mT @ projection
-        return _as_weight(layer, filters), ""
+        return (vectors * _inverse_sqrt(values).unsqueeze(1)) @ vectors.mT @ projection
 
     whitening = whitening_matrix(patches, outputs)
     if kind == "pca":
         codes = _components(whitening, outputs, generator)
     else:
         points = F.normalize(patches @ whitening, dim=2)
-        start = torch.randperm(points.shape[1], generator=generator, device=x.device)[:outputs]
+        start = torch.randperm(points.shape[1], generator=generator, device=points.device)[:outputs]
         codes = points[:, start] if kind == "patches" else spherical_kmeans(points, start, generator)
-    return _as_weight(layer, codes @ whitening.mT), ""
+    return codes @ whitening.mT
 
 
-def draw_patches(layer: nn.Module, x: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+def draw_patches(call: Call, inputs: list[Tensor], limit: int, generator: torch.Generator) -> Tensor:
     """Up to `limit` random patches of the layer's input, without replacement: float32 (groups, patches, patch).
 
-    A patch is what one output position sees, padding included; for a convolution in the order (kernel height, kernel
-    width, channel), the layout in which a patch is gathered as a few contiguous runs. Only the drawn ones ever are.
+    A patch is what one output position sees, padding included; for a convolution in the order (*kernel, channel), the
+    layout in which a patch is gathered as a few contiguous runs. Only the drawn ones ever are.
     """
-    x = x.detach().float()
-    if isinstance(layer, nn.Linear):
-        rows = x.reshape(-1, x.shape[-1])
-        chosen = torch.randperm(len(rows), generator=generator, device=x.device)[:limit]
-        return rows[chosen].unsqueeze(0)
-    windows = _windows(layer, pad(layer, x).permute(0, 2, 3, 1).contiguous())
-    images, rows, columns = windows.shape[:3]
-    chosen = torch.randperm(images * rows * columns, generator=generator, device=x.device)[:limit]
-    image, position = chosen // (rows * columns), chosen % (rows * columns)
-    patches = windows[image, position // columns, position % columns]
-    patches = patches.unflatten(3, (layer.groups, -1)).permute(3, 0, 1, 2, 4)
-    return patches.flatten(2)
+    groups, _, width, kernel = call.layer.blocks.shape
+    positions = call.windows(inputs[0][:1]).shape[1 : inputs[0].ndim - 1]
+    starts = torch.tensor([0] + [len(x) for x in inputs]).cumsum(0) * math.prod(positions)
+    chosen = torch.randperm(int(starts[-1]), generator=generator, device=generator.device)[:limit]
+    patches = torch.empty(groups, len(chosen), kernel * width, device=chosen.device)
+    for x, start, stop in zip(inputs, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        mine = ((chosen >= start) & (chosen < stop)).nonzero().squeeze(1)
+        index = torch.unravel_index(chosen[mine] - start, (len(x), *positions))
+        drawn = call.windows(x.detach())[index].float()
+        patches[:, mine] = drawn.reshape(len(mine), kernel, groups, width).movedim(2, 0).flatten(2)
+    return patches
 
 
-def _as_weight(layer: nn.Module, filters: Tensor) -> Tensor:
-    """Filters (groups, outputs, patch), in the order of `draw_patches`, as the weights of the layer."""
-    if isinstance(layer, nn.Linear):
-        return filters[0]
-    return filters.view(layer.out_channels, *layer.kernel_size, -1).permute(0, 3, 1, 2)
+def orthonormal(layer: Layer, generator: torch.Generator) -> Tensor:
+    """Weights (groups, outputs, inputs, kernel) with orthonormal rows, or columns where there are more outputs."""
+    groups, outputs, width, kernel = layer.blocks.shape
+    blocks = torch.empty(groups, outputs, width * kernel, device=layer.weight.device)
+    for block in blocks:
+        torch.nn.init.orthogonal_(block, generator=generator)
+    return blocks.unflatten(2, (width, kernel))
 
 
-def pad(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """The input with the layer's padding, in the layer's padding mode."""
-    if not any(layer._reversed_padding_repeated_twice):
-        return x
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+def _gaussian(layer: Layer, generator: torch.Generator) -> Tensor:
+    return layer.as_blocks(torch.empty_like(layer.weight.detach()).normal_(0, GAUSSIAN_STD, generator=generator))
 
 
-def _windows(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A view of a padded input in NHWC layout: (images, rows, columns, kernel height, kernel width, channels)."""
-    (kernel_h, kernel_w), (stride_h, stride_w), (step_h, step_w) = (
-        layer.kernel_size,
-        layer.stride,
-        layer.dilation,
-    )
-    images, height, width, channels = x.shape
-    rows = (height - step_h * (kernel_h - 1) - 1) // stride_h + 1
-    columns = (width - step_w * (kernel_w - 1) - 1) // stride_w + 1
-    image, row, column, channel = x.stride()
-    return x.as_strided(
-        (images, rows, columns, kernel_h, kernel_w, channels),
-        (image, row * stride_h, column * stride_w, row * step_h, column * step_w, channel),
-    )
+def _as_blocks(layer: Layer, filters: Tensor) -> Tensor:
+    """Filters (groups, outputs, patch) in the order of `draw_patches` as (groups, outputs, inputs, kernel)."""
+    _, _, width, kernel = layer.blocks.shape
+    return filters.unflatten(2, (kernel, width)).transpose(2, 3)
 
 
 def whitening_matrix(patches: Tensor, components: int) -> Tensor:
@@ -149,7 +185,7 @@ def spherical_kmeans(points: Tensor, start: Tensor, generator: torch.Generator) 
 
     Returns:
         Centres (groups, clusters, dimension). One matrix product assigns all points of all groups and another sums
-        them; a cluster that loses all its points starts again at a random point.
+        them; a cluster that loses all its points, or whose points cancel each other, starts again at a random point.
     """
     groups, count, _ = points.shape
     clusters = len(start)
@@ -165,7 +201,7 @@ def spherical_kmeans(points: Tensor, start: Tensor, generator: torch.Generator) 
         members.zero_().scatter_(2, assigned.unsqueeze(2), 1.0)
         sums = members.mT @ points
         reseed = points[:, torch.randint(count, (clusters,), generator=generator, device=points.device)]
-        empty = members.sum(1).unsqueeze(2) == 0
+        empty = ~sums.any(2, keepdim=True)  # without points, or with points that cancel each other
         centres = F.normalize(torch.where(empty, reseed, sums), dim=2)
     return centres
 
@@ -183,16 +219,16 @@ def _components(whitening: Tensor, outputs: int, generator: torch.Generator) -> 
 
 def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors (as columns), the largest first."""
-    values, vectors = torch.linalg.eigh(covariance)
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    if (values[:, 0] <= 0).any():
-        raise InitializationError("the layer's input has no variance: pass more, or more varied, images")
-    return values, vectors
+    try:
+        values, vectors = torch.linalg.eigh(covariance)
+    except torch.linalg.LinAlgError:  # ill-conditioned: single precision may not converge
+        values, vectors = (part.to(covariance.dtype) for part in torch.linalg.eigh(covariance.double()))
+    return values.flip(-1), vectors.flip(-1)
 
 
 def _inverse_sqrt(values: Tensor) -> Tensor:
     """1 / sqrt of the eigenvalues (groups, components), largest first; 0 where they are rounding noise."""
-    return torch.where(values > MIN_EIGENVALUE * values[:, :1], values, torch.inf).rsqrt()
+    return torch.where(values > MIN_EIGENVALUE * values[:, :1].clamp_min(0), values, torch.inf).rsqrt()
 
 
 def _randn(shape, generator: torch.Generator) -> Tensor:

@@ -2,28 +2,30 @@
 
 import math
 import time
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from initializers._chain import Chain, trace_chain
 from initializers._filters import DATA_DRIVEN, KINDS, draw_filters
-from initializers._model import (
-    InitializationError,
-    as_inputs,
-    channel_statistics,
-    forward,
-    per_channel,
-    unchanged_on_error,
-)
-from initializers._rates import Rates, measure
+from initializers._graph import Graph, UngraphableError, record
+from initializers._layers import NO_LAYER, Call, Layer, Layers, Scaled, channel_statistics, forward
+from initializers._model import InitializationError, as_inputs, outputs_of, snapshot, unchanged_on_error, unwrapped
+from initializers._rates import Measurement, measure
 from initializers._report import LayerReport, Report
+from initializers._scales import Scales, trace_scales
 
 METHODS = ("balance", "paper")
-RATE_IMAGES = 12  # the between-layer step measures on this many of the images (the authors' code: 16); more gain little
+NONHOMOGENEOUS = ("pin", "scale")
+LRN = ("estimate", "exact")
+BATCH = 16  # images that go from one affine layer to the next at a time
+RATE_IMAGES = 12  # the between-layer step measures on this many of the images (the authors' code: 16)
+RATE_DRAWS = 4  # top gradients for each of them, where the step is exact and need not be repeated
 PAPER_STEPS = 10  # "roughly 10 iterations", Algorithm 2
-FEW_IMAGES = 4  # enough to correct what is off by a factor of ten, which the next round corrects again
 MAX_ROUNDS = 10  # of the exact step, where LRN makes it inexact
+CHECK_IMAGES = 32  # on which the output must not change
+EXACT = 1e-4  # relative change of the output up to which the between-layer step counts as exact
 SETTLED = 1.05  # spread at which the rounds end; less than the spread between two samples of images
 
 
@@ -38,6 +40,8 @@ def initialize(
     bias: float = 0.1,
     method: str = "balance",
     alpha: float = 0.25,
+    nonhomogeneous: str = "pin",
+    lrn: str = "estimate",
 ) -> Report:
     """Initialize every affine layer of `model` from `images` (section 3).
 
@@ -47,8 +51,9 @@ def initialize(
     the same weights, to the bit.
 
     Args:
-        model: of Conv2d and Linear layers and anything between them. The between-layer step needs them to form a
-            chain.
+        model: any network. Its affine layers are the convolutions (of one to three dimensions, transposed ones too)
+            and linear maps that run in evaluation mode, as modules, as functions or within attention, as long as
+            their weights are parameters. A layer used several times is normalised where it is used first.
         images: a float tensor (N, C, H, W), preprocessed as for training, or any iterable of batches (a tensor, or a
             tuple or dict whose first tensor is the input), or a tuple of tensors for a model of several inputs. The
             paper uses 160 images of the training set.
@@ -62,6 +67,14 @@ def initialize(
         method: "balance" solves Algorithm 2 exactly in one step, and repeats it while LRN makes it inexact; "paper"
             takes ten steps damped by `alpha`.
         alpha: damping of the "paper" method.
+        nonhomogeneous: what the between-layer step does about parts that are not homogeneous, such as GELU or a
+            sigmoid. "pin" leaves the scale of their inputs and outputs as it is, so that rates may stay apart;
+            "scale" gives every layer the paper's auxiliary scaling, a constant factor between the stored and the
+            effective weights and biases (a parametrization whose buffer is in the state dict), and with it the same
+            rate whatever the network.
+        lrn: local response normalisation is only nearly homogeneous. "estimate" measures the scale that comes out
+            of it and lets the next layer undo it, which changes the output a little; "exact" scales its constant
+            alpha, which the state dict does not hold.
 
     Returns:
         A `Report`; print it for a table.
@@ -72,32 +85,91 @@ def initialize(
     """
     if filters is not None and filters not in KINDS:
         raise InitializationError(f"unknown filters {filters!r}: choose one of {', '.join(KINDS)} or None")
-    if method not in METHODS:
-        raise InitializationError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    _check_choice("method", method, METHODS)
+    _check_choice("nonhomogeneous", nonhomogeneous, NONHOMOGENEOUS)
+    _check_choice("lrn", lrn, LRN)
     start = time.perf_counter()
+    model = unwrapped(model)
     with unchanged_on_error(model, seed):
         inputs = as_inputs(model, images)
-        chain = trace_chain(model) if between else None
+        layers = Layers(model)
+        graph, problem = recorded(layers, inputs)
+        if between and nonhomogeneous == "pin" and graph is None:
+            raise InitializationError(
+                f"the between-layer step cannot follow {type(model).__name__}: {problem}; pass between=False to set "
+                'the filters and normalise each layer only, or nonhomogeneous="scale"'
+            ) from problem
         report = Report([], images=len(inputs[0]))
         if filters is not None or within:
-            _sweep(model, inputs, filters, within, bias, seed, report)
-        if chain is not None:
-            _equalise(model, inputs, chain, method, alpha, seed, report)
+            _sweep(layers, inputs, graph, filters, within, bias, seed, report)
+        if between and nonhomogeneous == "scale":
+            layers = _scale(layers, inputs, seed, report)
+        elif between:
+            _equalise(layers, inputs, trace_scales(graph, lrn), method, alpha, seed, report)
+        _describe(layers, graph, report)
     report.seconds = time.perf_counter() - start
     return report
 
 
-def rescale(model: nn.Module, images, *, seed: int = 0, method: str = "balance", alpha: float = 0.25) -> Report:
+def rescale(
+    model: nn.Module,
+    images,
+    *,
+    seed: int = 0,
+    method: str = "balance",
+    alpha: float = 0.25,
+    nonhomogeneous: str = "pin",
+    lrn: str = "estimate",
+) -> Report:
     """The between-layer step alone, for pre-trained weights: the rates become equal, the function stays (section 4.3).
 
     Arguments, report and errors are those of `initialize`.
     """
-    return initialize(model, images, None, within=False, between=True, seed=seed, method=method, alpha=alpha)
+    options = {"method": method, "alpha": alpha, "nonhomogeneous": nonhomogeneous, "lrn": lrn}
+    return initialize(model, images, None, within=False, between=True, seed=seed, **options)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InitializationError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+
+
+def recorded(layers: Layers, inputs: tuple[Tensor, ...]) -> tuple[Graph | None, InitializationError | None]:
+    """The graph of the model, or why it has none."""
+    try:
+        graph = record(layers, inputs)
+    except UngraphableError as problem:
+        return None, problem
+    return graph, None
+
+
+def sweep(layers: Layers, inputs: tuple[Tensor, ...], graph: Graph | None, before, after) -> None:
+    """All images through the network, stopping at the first use of each affine layer.
+
+    `before(call, inputs)` may change the layer; `after(call, outputs)` may change the outputs in place, with which
+    the pass goes on. Both get one tensor per batch. Without a graph all images are one batch.
+    """
+    if graph is not None:
+        graph.run(inputs, BATCH, before, after)
+        return
+    seen = set()
+
+    def visit(call: Call, x: Tensor, compute) -> Tensor:
+        if call.layer in seen:
+            return compute()
+        seen.add(call.layer)
+        before(call, [x])
+        output = compute()
+        after(call, [output])
+        return output
+
+    forward(layers, inputs, visit)
 
 
 def _sweep(
-    model: nn.Module,
+    layers: Layers,
     inputs: tuple[Tensor, ...],
+    graph: Graph | None,
     filters: str | None,
     within: bool,
     bias: float,
@@ -110,122 +182,267 @@ def _sweep(
     started = 0.0
     after_convolution = False
 
-    def before(name: str, layer: nn.Module, x: Tensor) -> None:
+    def before(call: Call, inputs: list[Tensor]) -> None:
         nonlocal row, started, after_convolution
         started = time.perf_counter()
-        row = LayerReport(name, tuple(layer.weight.shape))
+        layer = call.layer
+        row = LayerReport(layer.name, tuple(layer.weight.shape))
         report.layers.append(row)
         if filters is None:
             return
-        after_convolution |= isinstance(layer, nn.Conv2d)
-        linear = after_convolution and isinstance(layer, nn.Linear)
-        kind = "gaussian" if linear and filters in DATA_DRIVEN else filters
+        after_convolution |= not layer.linear
+        kind = "gaussian" if after_convolution and layer.linear and filters in DATA_DRIVEN else filters
         try:
-            weight, row.note = draw_filters(kind, layer, x, generator)
+            centre = within and layer.bias is None and not layer.computed_bias
+            weights, note = draw_filters(kind, call, inputs, generator, centre)
         except InitializationError as error:
-            raise InitializationError(f"layer {name}: {error}") from error
-        row.filters = "gaussian" if row.note else kind
-        layer.weight.copy_(weight)
-        if layer.bias is not None:
-            layer.bias.zero_()
+            raise InitializationError(f"layer {layer.name}: {error}") from error
+        row.filters = "gaussian" if note.startswith("Gaussian filters, ") else kind
+        row.add_note(note)
+        layer.set_weight(weights)
 
-    def after(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        mean, std = _statistics(name, layer, output)
+    def after(call: Call, outputs: list[Tensor]) -> None:
+        layer = call.layer
+        mean, std = _statistics(layer, outputs)
         row.mean_before, row.std_before = mean.mean().item(), std.mean().item()
         if within:
-            output = _normalise(name, layer, output, mean, std, bias)
-            mean, std = _statistics(name, layer, output)
+            row.add_note(_normalise(layer, outputs, mean, std, bias))
+            mean, std = _statistics(layer, outputs)
             row.mean_after, row.std_after = mean.mean().item(), std.mean().item()
         row.seconds = time.perf_counter() - started
-        return output
 
     with torch.no_grad():
-        forward(model, inputs, before, after)
+        sweep(layers, inputs, graph, before, after)
+    if not report.layers:
+        raise InitializationError(NO_LAYER)
 
 
-def _normalise(name: str, layer: nn.Module, output: Tensor, mean: Tensor, std: Tensor, bias: float) -> Tensor:
-    """W(i, :) / sigma(i), and the bias that makes the mean `bias`; the output follows, as it is linear in both.
+def _normalise(layer: Layer, outputs: list[Tensor], mean: Tensor, std: Tensor, bias: float) -> str:
+    """W(i, :) / sigma(i), and the bias that makes the mean `bias`; the outputs follow, as they are linear in both.
+
+    Returns:
+        A note on groups of channels that do not vary on the images, because their few inputs are dead behind a ReLU:
+        their weights stay as they are.
 
     Raises:
         InitializationError: a channel does not vary beyond rounding.
     """
     flat = std <= 1e-5 * mean.abs()
+    dead = flat.view(layer.groups, -1).all(1)
+    if not dead.all():
+        excused = dead.repeat_interleave(len(flat) // layer.groups)
+        std, flat = torch.where(excused, 1.0, std), flat & ~excused
     if flat.any():
-        channel = flat.nonzero()[0].item()
+        channel, images = flat.nonzero()[0].item(), sum(map(len, outputs))
         raise InitializationError(
-            f"layer {name}: output channel {channel} has zero variance on {len(output)} image(s), so it cannot be "
+            f"layer {layer.name}: output channel {channel} has zero variance on {images} image(s), so it cannot be "
             "scaled; pass more, or more varied, images, or check for inputs that are always zero"
         )
-    layer.weight.div_(std.view(-1, *[1] * (layer.weight.ndim - 1)))
-    if layer.bias is None:
-        return output.div_(per_channel(layer, std))
-    layer.bias.sub_(mean).div_(std).add_(bias)
-    return output.mul_(per_channel(layer, 1 / std)).add_(per_channel(layer, bias - mean / std))
+    shift = layer.normalise(mean, std, bias)
+    scale, shift = layer.by_channel(1 / std), layer.by_channel(shift)
+    for output in outputs:
+        output.mul_(scale).add_(shift)
+    return f"{int(dead.sum())} of {layer.groups} groups do not vary and keep their scale" if dead.any() else ""
 
 
-def _statistics(name: str, layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel.
 
     Raises:
         InitializationError: a channel is not finite.
     """
-    mean, std = channel_statistics(layer, output)
+    mean, std = channel_statistics(layer, outputs)
     if not (torch.isfinite(mean) & torch.isfinite(std)).all():
-        raise InitializationError(f"layer {name}: its output holds NaN or Inf; check the weights before it")
+        raise InitializationError(f"layer {layer.name}: its output holds NaN or Inf; check the weights before it")
     return mean, std
 
 
+def _some(inputs: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
+    """That many of the images, evenly spread."""
+    count = len(inputs[0])
+    chosen = torch.linspace(0, count - 1, min(count, number)).round().long()
+    return tuple(x[chosen.to(x.device)] for x in inputs)
+
+
+@torch.no_grad()
+def _outputs(layers: Layers, inputs: tuple[Tensor, ...]) -> Tensor:
+    """All outputs of the model, one row per image."""
+    batches = zip(*(x.split(BATCH) for x in inputs), strict=True)
+    rows = []
+    for batch in batches:
+        outputs = outputs_of(layers.model, tuple(x.clone() for x in batch))  # which a model may change in place
+        rows.append(torch.cat([output.flatten(1) for output in outputs], 1))
+    return torch.cat(rows)
+
+
+def _measured(
+    layers: Layers, inputs: tuple[Tensor, ...], seed: int, before=None, draws: int = RATE_DRAWS
+) -> Measurement:
+    """Change rates that can be equalised.
+
+    Raises:
+        InitializationError: they overflow, or a layer does not learn at all.
+    """
+    measurement = measure(layers, inputs, seed, before=before, draws=draws)
+    mean = measurement.rates.mean
+    if not torch.isfinite(measurement.outputs).all() or math.inf in mean.values():
+        raise InitializationError("the output or its gradient overflows: normalise the images, or use within=True")
+    still = next((name for name, rate in mean.items() if not rate > 0), None)
+    if still is not None:
+        raise InitializationError(f"layer {still}: no gradient reaches its weights on these images; initialize it")
+    return measurement
+
+
 def _equalise(
-    model: nn.Module,
+    layers: Layers,
     inputs: tuple[Tensor, ...],
-    chain: Chain,
+    scales: Scales,
     method: str,
     alpha: float,
     seed: int,
     report: Report,
 ) -> None:
-    """Algorithm 2 on the scales of `chain`."""
-    count = len(inputs[0])
-    chosen = torch.linspace(0, count - 1, min(count, RATE_IMAGES)).round().long()
-    inputs = tuple(x[chosen.to(x.device)] for x in inputs)
-    sizes: dict[str, Tensor] = {}  # mean magnitude of each layer's input
-    scales = dict.fromkeys(chain.layers, 1.0)
+    """Algorithm 2 on the scales of a graph."""
+    checked = _some(inputs, CHECK_IMAGES)
+    inputs = _some(inputs, RATE_IMAGES)
+    sizes: dict[tuple[Layer, int], Tensor] = {}  # mean magnitude of what comes to a layer through LRN
+    factors: dict[str, float] = {}
+    uses = {use.layer: use for use in scales.uses}
 
-    def follow(name: str, layer: nn.Module, x: Tensor) -> None:
+    def follow(call: Call, x: Tensor) -> None:
         """Divide out how much LRN really changed the layer's input, which only a forward pass can tell."""
-        size = x.abs().mean()
-        if name in chain.measured and name in sizes:
-            ratio = (sizes[name] / size).item()
-            layer.weight.mul_(ratio)
-            scales[name] *= ratio
-        sizes[name] = size
+        incoming = uses[call.layer].incoming
+        for label in scales.measured.keys() & set(incoming.flatten().tolist()):
+            channels = incoming == label
+            key, name = (call.layer, label), call.layer.name
+            size = x.movedim(-1 if call.layer.linear else 1, -1)[..., channels.flatten().to(x.device)].abs().mean()
+            if key in sizes:
+                ratio = (sizes[key] / size).item()
+                call.layer.scale_inputs(torch.where(channels, ratio, 1.0))
+                factors[name] *= ratio ** channels.double().mean().item()
+                intended = u[scales.measured[label]].item()
+                if abs(intended) > 0.01:
+                    scales.degrees[label] = max(-1.0, min(1.0, -math.log(ratio) / intended))
+            sizes[key] = size
 
-    def measured() -> tuple[Rates, Tensor]:
-        rates, output = measure(model, inputs, seed, before=follow)
-        if not torch.isfinite(output).all() or math.inf in rates.mean.values():
-            raise InitializationError("the output or its gradient overflows: normalise the images, or use within=True")
-        still = next((name for name, mean in rates.mean.items() if not mean > 0), None)
-        if still is not None:
-            raise InitializationError(f"layer {still}: no gradient reaches its weights on these images; initialize it")
-        return rates, output
+    def apply(u: Tensor) -> Measurement:
+        for name, factor in scales.apply(u).items():
+            factors[name] *= factor
+        return _measured(layers, inputs, seed, follow, draws)
 
-    rates, output = first_rates, first_output = measured()
+    def change(last: Measurement) -> float:
+        """Relative change of the outputs; on more images where it has to be small on all."""
+        return _change(first_outputs, _outputs(layers, checked)) if exact else _change(first.outputs, last.outputs)
+
+    u = torch.zeros(1 + scales.variables)
+    exact = not scales.measured
+    draws = RATE_DRAWS if exact else 1
+    first_outputs = _outputs(layers, checked) if exact else None
+    first = last = _measured(layers, inputs, seed, follow, draws)
+    factors = dict.fromkeys(first.layers, 1.0)
+    restore = snapshot(layers.model) if exact else None
+    total = 0
     for _ in range(MAX_ROUNDS if method == "balance" else PAPER_STEPS):
-        mean = rates.mean
-        u = chain.equalising([mean[name] for name in chain.layers])
-        for name, factor in chain.apply(model, u if method == "balance" else alpha * u).items():
-            scales[name] *= factor
+        u = scales.equalising(last) * (1 if method == "balance" else alpha)
         report.rounds += 1
-        last = rates.spread
-        rates, output = measured()
-        if method == "balance" and (chain.exact or rates.spread < SETTLED or rates.spread > 0.99 * last):
+        total = total + u
+        before, last = last.rates.spread, apply(u)
+        spread = last.rates.spread
+        if method == "balance" and (exact or spread < SETTLED or spread > 0.99 * before):
             break
+    tolerance = max(EXACT, 16 * torch.finfo(inputs[0].dtype).eps)
+    report.output_change = change(last)
+    if exact and not report.output_change < tolerance:
+        # The network amplifies the rounding of its weights: powers of two leave every bit of a product as it is.
+        restore()
+        report.powers_of_two = True
+        factors = dict.fromkeys(first.layers, 1.0)
+        last = apply(scales.powers_of_two(first, total))
+        report.output_change = change(last)
+    report.lrn = "estimate" if scales.measured else "exact" if scales.lrns else None
+    _report_rates(report, first, last, factors)
+    if exact and not report.output_change < tolerance:
+        raise InitializationError(
+            f"the between-layer step changed the output by {report.output_change:.1e}, as a part of the model cannot "
+            "be seen or is too sensitive to rounding; pass between=False"
+        )
 
+
+def _scale(layers: Layers, inputs: tuple[Tensor, ...], seed: int, report: Report) -> Layers:
+    """Equal rates by the paper's auxiliary scaling: rate C becomes C / r² where r times the parameter is stored.
+
+    Returns:
+        The layers, whose parameters are others now.
+    """
+    inputs = _some(inputs, RATE_IMAGES)
+    first = _measured(layers, inputs, seed)
+    logs: dict[str, list[float]] = {}  # several layers may be rows of one parameter
+    for name, rate in first.rates.mean.items():
+        logs.setdefault(layers.owner(first.layers[name].weight), []).append(math.log(rate))
+    centre = sum(math.log(rate) for rate in first.rates.mean.values()) / len(first.layers)
+    added: list[tuple[nn.Module, str]] = []
+    factors = {}
+    try:
+        with torch.no_grad():
+            for name, layer in first.layers.items():
+                owner = layers.owner(layer.weight)
+                factors[name] = math.exp((sum(logs[owner]) / len(logs[owner]) - centre) / 2)
+            done = set()
+            for name, layer in first.layers.items():
+                for owner in (layers.owner(layer.weight), layers.owner(layer.bias)):
+                    if owner is not None and owner not in done:
+                        done.add(owner)
+                        added += _insert_scaling(layers.model, owner, factors[name])
+        layers = Layers(layers.model)
+        last = _measured(layers, inputs, seed)
+        report.rounds = 1
+        report.output_change = _change(first.outputs, last.outputs)
+        _report_rates(report, first, last, factors)
+    except BaseException:
+        for module, name in added:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        raise
+    return layers
+
+
+def _insert_scaling(model: nn.Module, parameter: str, factor: float) -> list[tuple[nn.Module, str]]:
+    """Store `factor` times a parameter and divide by it where the layer computes; what was parametrized anew."""
+    path, _, name = parameter.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, parametrize.ParametrizationList):  # there is a scaling already
+        module.original.mul_(factor)
+        module[0].factor.div_(factor)
+        return []
+    tensor = getattr(module, name)
+    buffer = torch.tensor(1 / factor, device=tensor.device, dtype=tensor.dtype)
+    parametrize.register_parametrization(module, name, Scaled(buffer))
+    return [(module, name)]
+
+
+def _report_rates(report: Report, first: Measurement, last: Measurement, factors: dict[str, float]) -> None:
     if not report.layers:
-        report.layers = [LayerReport(name, tuple(model.get_submodule(name).weight.shape)) for name in chain.layers]
-    first_mean, mean = first_rates.mean, rates.mean
+        report.layers = [LayerReport(name, tuple(layer.weight.shape)) for name, layer in first.layers.items()]
+    before, after = first.rates.mean, last.rates.mean
     for row in report.layers:
-        row.rate_before, row.rate_after = first_mean[row.name], mean[row.name]
-        row.scale = scales[row.name]
-    report.rate_images = len(chosen)
-    report.output_change = ((output - first_output).norm() / first_output.norm()).item()
+        row.rate_before, row.rate_after = before.get(row.name), after.get(row.name)
+        row.scale = factors.get(row.name)
+    report.rate_images = len(first.outputs)
+
+
+def _change(first: Tensor, last: Tensor) -> float:
+    """Relative change of the outputs."""
+    return ((last - first).norm() / first.norm()).item()
+
+
+def _describe(layers: Layers, graph: Graph | None, report: Report) -> None:
+    """What was not treated like the rest, and why."""
+    seen = {layers.owner(tensor) for layer in layers.found.values() for tensor in (layer.weight, layer.bias)}
+    parameters = layers.model.named_parameters()
+    report.kept = [name for name, parameter in parameters if parameter.ndim > 1 and name not in seen]
+    uses = Counter(operation.call.layer.name for operation in graph.operations if operation.call) if graph else {}
+    for row in report.layers:
+        layer = layers.found[row.name]
+        if layer.computed_bias:
+            row.add_note("the model computes its bias, so that the mean is as it comes")
+        if uses.get(row.name, 1) > 1:
+            row.add_note(f"used {uses[row.name]} times, normalised where it is used first")

@@ -1,4 +1,4 @@
-"""What every step needs of a model: its affine layers, its inputs, one forward pass, and a safe way to change it."""
+"""What every step needs of a model: its inputs, its outputs, and a safe way to change it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -6,29 +6,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-AFFINE = (nn.Conv2d, nn.Linear)
+CONSTANTS = ("eps", "alpha")  # of normalisation modules: the between-layer step may scale them
 
 
 class InitializationError(ValueError):
     """The model or the images cannot be used; the message names the layer and the remedy. The model is unchanged."""
 
 
-def affine_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The affine layers by name, in order of definition.
-
-    Raises:
-        InitializationError: there is none, or one is of a kind not supported.
-    """
-    layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AFFINE):
-            layers[name] = module
-        elif isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear | nn.MultiheadAttention):
-            kind = type(module).__name__
-            raise InitializationError(f"layer {name}: {kind} is not supported, only Conv2d and Linear are")
-    if not layers:
-        raise InitializationError("the model has no affine layer (Conv2d or Linear): there is nothing to initialize")
-    return layers
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without what runs it on several devices or compiled."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod
+    return model
 
 
 def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
@@ -43,9 +33,12 @@ def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
     Raises:
         InitializationError: no images, integer images, images without any variance, NaN or Inf in images or weights.
     """
-    for name, layer in affine_layers(model).items():
-        if not all(map(_is_finite, layer.parameters())):
-            raise InitializationError(f"layer {name}: its weights hold NaN or Inf; initialize or load them again")
+    weight = next(model.parameters(), None)
+    if weight is None:
+        raise InitializationError("the model has no parameters: there is nothing to initialize")
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not _is_finite(parameter):
+            raise InitializationError(f"parameter {name} holds NaN or Inf; initialize or load it again")
     if isinstance(images, Tensor):
         inputs = (images,)
     elif isinstance(images, tuple) and images and all(isinstance(image, Tensor) for image in images):
@@ -60,9 +53,12 @@ def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
             shapes = sorted({tuple(batch.shape[1:]) for batch in batches})
             raise InitializationError(f"the batches hold images of different shapes {shapes}: resize them to one")
         inputs = (torch.cat(batches),)
-    weight = next(model.parameters())
     for image in inputs:
         _check(image)
+    if len({len(image) for image in inputs}) > 1:
+        raise InitializationError(
+            f"the inputs have {', '.join(str(len(image)) for image in inputs)} rows: pass as many"
+        )
     return tuple(image.detach().to(weight.device, weight.dtype) for image in inputs)
 
 
@@ -102,89 +98,59 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     Dropout is inactive and BatchNorm uses its running statistics, which are not updated.
     """
     training = [(module, module.training) for module in model.modules()]
-    tensors = [*model.parameters(), *model.buffers()]
-    saved = [tensor.detach().clone() for tensor in tensors]
-    devices = {tensor.device.index or 0 for tensor in tensors if tensor.is_cuda}
+    restore = snapshot(model)
+    devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
     model.eval()
     try:
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(seed)  # for models that draw random numbers even in evaluation mode
             yield
     except BaseException:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
+        restore()
         raise
     finally:
         for module, flag in training:
             module.training = flag
 
 
-def forward(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    before: Callable[[str, nn.Module, Tensor], None] | None = None,
-    after: Callable[[str, nn.Module, Tensor, Tensor], Tensor] | None = None,
-) -> Tensor:
-    """One forward pass with `before(name, layer, input)` and `after(name, layer, input, output)` at each affine layer.
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """A function that gives parameters, buffers and constants of normalisations the values they have now."""
+    constants = [(m, name, getattr(m, name)) for m in model.modules() for name in CONSTANTS if hasattr(m, name)]
+    tensors = [*model.parameters(), *model.buffers()]
+    saved = [tensor.detach().clone() for tensor in tensors]
 
-    Both are called in order of execution, once per layer: where a layer is used again the second use passes
-    untouched. `after` returns the output with which the pass goes on.
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor, value in zip(tensors, saved, strict=True):
+            tensor.copy_(value)
+        for module, name, value in constants:
+            setattr(module, name, value)
 
-    Returns:
-        The output of the model, (N, ...).
+    return restore
+
+
+def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The tensors that the model returns, (N, ...) each.
 
     Raises:
-        InitializationError: the model rejects inputs of this shape, or does not return one tensor per image.
+        InitializationError: the model rejects inputs of this shape, or does not return a row per image.
     """
-    seen: set[str] = set()
-    handles = []
-
-    def hooks(name: str):
-        def on_input(layer, args):
-            if name not in seen and before is not None:
-                with torch.no_grad():
-                    before(name, layer, args[0])
-
-        def on_output(layer, args, output):
-            if name in seen:
-                return output
-            seen.add(name)
-            return output if after is None else after(name, layer, args[0], output)
-
-        return on_input, on_output
-
     try:
-        for name, layer in affine_layers(model).items():
-            on_input, on_output = hooks(name)
-            handles.append(layer.register_forward_pre_hook(on_input))
-            handles.append(layer.register_forward_hook(on_output))
-        try:
-            output = model(*inputs)
-        except InitializationError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            shapes = ", ".join(str(tuple(image.shape)) for image in inputs)
-            raise InitializationError(f"the model rejects images of shape {shapes}: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != len(inputs[0]):
-        raise InitializationError("the model must return one tensor with a row per image; wrap it so that it does")
-    return output
+        output = model(*inputs)
+    except InitializationError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        shapes = ", ".join(str(tuple(image.shape)) for image in inputs)
+        raise InitializationError(f"the model rejects images of shape {shapes}: {error}") from error
+    outputs = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
+    if not outputs or any(tensor.ndim == 0 or len(tensor) != len(inputs[0]) for tensor in outputs):
+        raise InitializationError("the model must return tensors with a row per image; wrap it so that it does")
+    return outputs
 
 
-def channel_statistics(layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation of each output channel over images and positions; two (out_channels,)."""
-    output = output.detach().float()
-    output = output.reshape(-1, output.shape[-1], 1) if isinstance(layer, nn.Linear) else output.flatten(2)
-    # Positions first, as they are contiguous, then images: many times faster than torch.var_mean, and as exact.
-    mean = output.mean(2).mean(0)
-    parts = (part - mean.unsqueeze(1) for part in output.chunk(16))  # a copy of all of it would not fit the cache
-    squares = sum(torch.linalg.vector_norm(part, dim=2).square().sum(0) for part in parts)
-    return mean, squares.div(output.shape[0] * output.shape[2]).sqrt()
-
-
-def per_channel(layer: nn.Module, values: Tensor) -> Tensor:
-    """`values` (out_channels,) shaped to broadcast over the layer's output."""
-    return values if isinstance(layer, nn.Linear) else values.view(-1, 1, 1)
+def tensors_of(tree) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]

@@ -1,14 +1,14 @@
 """Change rates: how fast each layer learns, relative to the size of its weights (equations 1 to 3)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from initializers._filters import pad
-from initializers._model import InitializationError, as_inputs, forward, unchanged_on_error
+from initializers._layers import NO_LAYER, Call, Layer, Layers, forward
+from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped
 
 BATCH = 16  # images a pass: bounds the activations kept for the backward pass
 MAX_COLUMN_VALUES = 4_000_000  # floats of unfolded input (16 MB) held at a time: little memory, and faster
@@ -45,12 +45,27 @@ class Rates:
         mean = self.mean.values()
         return max(mean) / min(mean)
 
+    def plot(self, ax=None, label: str | None = None):
+        """Draw Figure 1 (a) and (b): the average change rate and the coefficient of variation of each layer.
+
+        Args:
+            ax: a pair of matplotlib axes, e.g. what an earlier call returned; a new figure where None.
+            label: for the legend.
+
+        Returns:
+            The pair of axes.
+        """
+        from initializers._plot import plot_rates
+
+        return plot_rates(self, ax, label=label)
+
 
 def change_rate(model: nn.Module, images, *, seed: int = 0) -> Rates:
     """Measure the change rates of `model` on `images`.
 
     C²_k,j = E[ mean over (i, kernel) of (d(eta·z_N) / dW_k(i, j))² ] / mean(W_k²), with z_N the output of the model,
     eta ~ N(0, I) drawn for each image, and E over the images (section 3). Evaluation mode; the model is unchanged.
+    The gradient of a layer that is used several times is the sum over its uses.
 
     Args:
         images: as in `initialize`; the paper uses 100 images of the validation set.
@@ -59,84 +74,188 @@ def change_rate(model: nn.Module, images, *, seed: int = 0) -> Rates:
     Raises:
         InitializationError: unusable model or images, or a layer whose weights are all zero.
     """
+    model = unwrapped(model)
     with unchanged_on_error(model, seed):
-        return measure(model, as_inputs(model, images), seed)[0]
+        return measure(Layers(model), as_inputs(model, images), seed).rates
+
+
+@dataclass
+class Measurement:
+    """Change rates, what they are made of, and the outputs of the model.
+
+    Attributes:
+        layers: by name, in order of execution.
+        squares: per layer, the squared gradient of each input channel's weights: mean over outputs and kernel,
+            expectation over images; float64 (groups, inputs).
+        weights: per layer, the mean square of each input channel's weights when measured; float64 (groups, inputs).
+        outputs: of the model, all that depend on its weights, in one row per image: (N, values).
+    """
+
+    layers: dict[str, Layer]
+    squares: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    outputs: Tensor
+
+    @property
+    def rates(self) -> Rates:
+        """The change rates."""
+        columns = {}
+        for name, squares in self.squares.items():
+            weight = self.weights[name].mean()
+            if weight == 0:
+                raise InitializationError(
+                    f"layer {name}: its weights are all zero, so it has no change rate; initialize it"
+                )
+            columns[name] = (squares.mean(0) / weight).sqrt()
+        return Rates(columns)
 
 
 def measure(
-    model: nn.Module,
+    layers: Layers,
     inputs: tuple[Tensor, ...],
     seed: int,
     eta: Tensor | None = None,
-    before: Callable[[str, nn.Module, Tensor], None] | None = None,
-) -> tuple[Rates, Tensor]:
-    """`change_rate` on prepared inputs, and the outputs of the model.
+    before: Callable[[Call, Tensor], None] | None = None,
+    draws: int = 1,
+) -> Measurement:
+    """Measure on prepared inputs.
 
     Args:
-        eta: the top gradients, one row per image; drawn where None.
-        before: called without gradients on each layer and its input in the first batch; may change the layer.
+        draws: top gradients drawn for each image; several make up for few images.
+        eta: the top gradients of a model with one output, one row per image; drawn where None.
+        before: called without gradients on the first use of each layer and its input in the first batch; may change
+            the layer.
     """
     generator = torch.Generator(inputs[0].device).manual_seed(seed)
-    layers: dict[str, nn.Module] = {}
+    count, first = len(inputs[0]), 0
+    few = max(1, min(2, count - 1))  # not the size of a batch, which a number of rows may equal by chance
+    batch = BATCH if _rows_are_images(layers, tuple(x[:few] for x in inputs)) else 1
     squares: dict[str, Tensor] = {}
+    used: dict[str, Layer] = {}
     tops = []
-    for first in range(0, len(inputs[0]), BATCH):
-        part = slice(first, first + BATCH)
-        seen: list[tuple[str, nn.Module, Tensor]] = []
-        outputs: list[Tensor] = []
+    while first < count:
+        part = slice(first, first + batch)
+        images = len(inputs[0][part])
+        calls: list[tuple[Call, Tensor, Tensor]] = []
 
-        def record(name, layer, x, output, seen=seen, outputs=outputs):
+        def record(call, x, compute, calls=calls, visit=before if first == 0 else None):
+            if visit is not None and all(call.layer is not other.layer for other, _, _ in calls):
+                with torch.no_grad():
+                    visit(call, x)
+            output = compute()
             if not output.requires_grad:  # frozen so far: start the graph here
                 output = output.detach().requires_grad_()
-            seen.append((name, layer, x.detach()))
-            outputs.append(output)
+            calls.append((call, x.detach(), output))
             return output.clone()  # what follows may work in place
 
         with torch.enable_grad():
-            top = forward(model, tuple(x[part] for x in inputs), before if first == 0 else None, record)
-            noise = _like(top, generator) if eta is None else eta[part].to(top)
-            gradients = torch.autograd.grad(top, outputs, noise, allow_unused=True)
-        tops.append(top.detach())
-        for (name, layer, x), gradient in zip(seen, gradients, strict=True):
-            if gradient is None:
-                raise InitializationError(f"layer {name}: the output of the model does not depend on it")
-            layers[name] = layer
-            square = _column_squares(layer, x, gradient)
-            squares[name] = squares[name] + square if name in squares else square
-    columns = {name: _rate(name, layers[name], squares[name] / len(inputs[0])) for name in squares}
-    return Rates(columns), torch.cat(tops)
+            top = forward(layers, tuple(x[part] for x in inputs), record)
+            if not calls:
+                raise InitializationError(NO_LAYER)
+            top = [output for output in top if output.requires_grad]  # others depend on no weights
+        if images > 1 and any(len(x) != images for _, x, _ in calls):
+            batch, before = 1, None  # which has been called
+            continue
+        used |= {call.layer.name: call.layer for call, *_ in calls}
+        for left in reversed(range(draws)):
+            noise = [eta[part].to(top[0])] if eta is not None else [_like(output, generator) for output in top]
+            outputs = [output for *_, output in calls]
+            gradients = torch.autograd.grad(top, outputs, noise, allow_unused=True, retain_graph=left > 0)
+            uses: dict[str, list[tuple[Call, Tensor, Tensor]]] = {}
+            for (call, x, _), gradient in zip(calls, gradients, strict=True):
+                if gradient is not None:
+                    uses.setdefault(call.layer.name, []).append((call, x, gradient))
+            for name, layer in used.items():
+                if name not in uses:
+                    raise InitializationError(f"layer {name}: the output of the model does not depend on it")
+                square = _column_squares(layer, uses[name], images) / (count * draws)
+                squares[name] = squares[name] + square if name in squares else square
+        tops.append(torch.cat([output.detach().flatten(1) for output in top], 1))
+        first += images
+    for name, layer in used.items():
+        if layer.factor is not None:  # what is stored is what learns
+            squares[name] *= layer.factor.item() ** 2
+    return Measurement(used, squares, {name: _mean_squares(layer) for name, layer in used.items()}, torch.cat(tops))
+
+
+def _mean_squares(layer: Layer) -> Tensor:
+    """Mean square of the weights of each input channel, float64 (groups, inputs)."""
+    norms = torch.linalg.vector_norm(layer.blocks.float(), dim=(1, 3)).double().cpu()
+    return norms.square() / (layer.blocks.shape[1] * layer.blocks.shape[3])
+
+
+@torch.no_grad()
+def _rows_are_images(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the inputs of all layers have a row per image; rows may be windows or tokens, or be of no image."""
+    rows: list[int] = []
+
+    def record(_: Call, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        rows.append(len(x))
+        return compute()
+
+    forward(layers, inputs, record)
+    return all(count == len(inputs[0]) for count in rows)
 
 
 def _like(output: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
 
 
-def _rate(name: str, layer: nn.Module, squares: Tensor) -> Tensor:
-    weight = layer.weight.detach().float().norm().double().cpu().square() / layer.weight.numel()
-    if weight == 0:
-        raise InitializationError(f"layer {name}: its weights are all zero, so it has no change rate; initialize it")
-    return (squares / weight).sqrt()
+def _column_squares(layer: Layer, uses: list[tuple[Call, Tensor, Tensor]], images: int) -> Tensor:
+    """Squared gradient of the weights: mean over outputs and kernel, sum over images; float64 (groups, inputs).
+
+    Args:
+        uses: each use of the layer with its input and the gradient of its output. Their rows are the images, or all
+            of them are of one image.
+    """
+    groups, outputs, width, kernel = layer.blocks.shape
+    if layer.linear and len(uses) == 1 and uses[0][1].ndim == 2 and len(uses[0][1]) == images:
+        # The gradient of one image is an outer product: its squares need no product.
+        _, x, gradient = uses[0]
+        rows = x.float().square().T @ gradient.float().square().sum(1)
+        return rows.double().cpu()[None] / outputs
+    total = torch.zeros(groups, width, dtype=torch.float64)
+    chunk = max(1, MAX_COLUMN_VALUES // max(_values(call, x, images) for call, x, _ in uses))
+    for first in range(0, images, chunk):
+        part = slice(first, first + chunk)
+        weights = sum(
+            _weight_gradients(call, x.float(), gradient.float(), 1)
+            if images == 1
+            else _weight_gradients(call, x[part].float(), gradient[part].float(), len(x[part]))
+            for call, x, gradient in uses
+        )  # (images, groups, outputs, inputs * kernel)
+        norms = torch.linalg.vector_norm(weights, dim=(0, 2))
+        total += norms.square().view(groups, width, kernel).sum(2).double().cpu()
+    return total / (outputs * kernel)
 
 
-def _column_squares(layer: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
-    """Squared gradient of the weights, per image: mean over outputs and kernel, sum over images; float64 (in,)."""
-    x, gradient = x.float(), gradient.float()
-    if isinstance(layer, nn.Linear):
-        if x.ndim == 2:  # the gradient of one image is an outer product: its squares need no product
-            rows = x.square().T @ gradient.square().sum(1)
-        else:
-            rows = (gradient.flatten(1, -2).mT @ x.flatten(1, -2)).square().sum((0, 1))
-        return rows.double().cpu() / layer.out_features
-    x = pad(layer, x)
-    columns = layer.in_channels // layer.groups
-    kernel = layer.weight[0, 0].numel()
-    positions = gradient[0, 0].numel()
-    chunk = max(1, MAX_COLUMN_VALUES // (layer.in_channels * kernel * positions))
-    total = x.new_zeros(columns, dtype=torch.float64)
-    for x_part, gradient_part in zip(x.split(chunk), gradient.split(chunk), strict=True):
-        unfolded = F.unfold(x_part, layer.kernel_size, layer.dilation, stride=layer.stride)
-        unfolded = unfolded.view(-1, columns * kernel, positions)  # (images * groups, patch, positions)
-        weights = gradient_part.reshape(len(unfolded), -1, positions) @ unfolded.mT
-        norms = torch.linalg.vector_norm(weights.flatten(0, 1), dim=0)
-        total += norms.square().view(columns, kernel).sum(1).double()
-    return total.cpu() / (layer.out_channels * kernel)
+def _values(call: Call, x: Tensor, images: int) -> int:
+    """Floats that `_weight_gradients` needs for each image."""
+    layer = call.layer
+    values = layer.weight.numel()
+    if not layer.linear:
+        channels = layer.out_channels if layer.transposed else layer.in_channels
+        positions = math.prod(x.shape[2:] if layer.transposed else call.positions(x.shape[2:]))
+        values = max(values, len(x) // images * channels * layer.blocks.shape[3] * positions)
+    return values
+
+
+def _weight_gradients(call: Call, x: Tensor, gradient: Tensor, images: int) -> Tensor:
+    """Gradient of the weights for each image: (images, groups, outputs, inputs * kernel).
+
+    Args:
+        x, gradient: input and gradient of the output; the same number of rows for each image.
+    """
+    layer = call.layer
+    if layer.linear:
+        x, gradient = x.reshape(images, -1, x.shape[-1]), gradient.reshape(images, -1, gradient.shape[-1])
+        return (gradient.mT @ x).unsqueeze(1)
+    _, _, width, kernel = layer.blocks.shape
+    if layer.transposed:  # the convolution whose input is the gradient and whose output is x
+        columns = call.columns(gradient, x.shape[2:])
+        products = x.reshape(*columns.shape[:2], width, -1) @ columns.mT
+        products = products.unflatten(3, (-1, kernel)).transpose(2, 3).flatten(3)
+    else:
+        columns = call.columns(x, gradient.shape[2:])
+        products = gradient.reshape(*columns.shape[:2], -1, columns.shape[3]) @ columns.mT
+    return products if images > 1 else products.sum(0, keepdim=True)

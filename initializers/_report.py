@@ -1,6 +1,6 @@
 """What an initialization did: one row per affine layer, printed as a table."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 COLUMNS = ("layer", "shape", "filters", "mean", "std", "mean'", "std'", "rate", "rate'", "scale", "seconds")
 
@@ -13,7 +13,7 @@ class LayerReport:
         name: of the module.
         shape: of its weight.
         filters: the kind of filters it got; None where its weights were kept.
-        note: why it got other filters than those asked for; empty otherwise.
+        note: what is particular about it, such as why it got other filters than those asked for; empty otherwise.
         mean_before, std_before: of its output before the within-layer step, averaged over channels.
         mean_after, std_after: the same after the within-layer step.
         rate_before, rate_after: average change rate before and after the between-layer step.
@@ -34,6 +34,10 @@ class LayerReport:
     scale: float | None = None
     seconds: float = 0.0
 
+    def add_note(self, note: str) -> None:
+        """Add to the note, if there is anything to add."""
+        self.note = "; ".join(filter(None, (self.note, note)))
+
 
 @dataclass
 class Report:
@@ -44,6 +48,10 @@ class Report:
         images: number of images used.
         rate_images: number of them on which the between-layer step measured change rates.
         rounds: times the between-layer step was applied.
+        kept: parameters of two or more dimensions that are no weights of an affine layer which ran: not initialized.
+        lrn: what the between-layer step did about local response normalisation: "estimate", "exact" or None.
+        powers_of_two: whether the scales were rounded to powers of two, because the network amplifies the rounding of
+            its weights so much that its output would have changed otherwise; the rates are then equal up to 4.
         output_change: relative change of the model's output by the between-layer step, in norm.
         seconds: time for everything.
     """
@@ -52,6 +60,9 @@ class Report:
     images: int
     rate_images: int = 0
     rounds: int = 0
+    kept: list[str] = field(default_factory=list)
+    lrn: str | None = None
+    powers_of_two: bool = False
     output_change: float | None = None
     seconds: float = 0.0
 
@@ -83,7 +94,15 @@ class Report:
                 f"spread of change rates {self.spread_before:.4g} -> {self.spread_after:.4g} in {rounds}; "
                 f"relative change of the output {self.output_change:.1e}"
             )
-        lines += [f"{layer.name}: {layer.filters} filters ({layer.note})" for layer in self.layers if layer.note]
+        if self.powers_of_two:
+            lines.append("scales rounded to powers of two, as the network amplifies rounding")
+        if self.lrn == "estimate":
+            lines.append("local response normalisation is left as it is, so that the output moves")
+        elif self.lrn == "exact":
+            lines.append("the constant alpha of the local response normalisations is scaled: keep it with the weights")
+        lines += [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
+        if self.kept:
+            lines.append(f"not initialized: {', '.join(self.kept)}")
         return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """The files that install and hold the project together say the same thing."""
 
 import ast
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -42,22 +43,43 @@ def test_conda_users_get_the_same():
     ]
 
 
-def imported(folder):
-    """Top-level packages that the sources of `folder` import."""
-    names = set()
+def imports(folder):
+    """(file, top-level package, whether inside a function) of every import in the sources of `folder`."""
+    found = set()
     for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        inside = {node for function in functions for node in ast.walk(function)}
+        for node in ast.walk(tree):
+            names = []
             if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
+                names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}: imports are absolute"
-                names.add(node.module)
-    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+                names = [node.module]
+            found |= {(path.name, name.partition(".")[0], node in inside) for name in names}
+    return {row for row in found if row[1] not in sys.stdlib_module_names}
+
+
+def imported(folder):
+    return {package for _, package, _ in imports(folder)}
 
 
 def test_initializers_needs_nothing_but_torch():
-    assert imported("initializers") == {"initializers", "torch"}
+    found = imports("initializers")
+    assert {package for _, package, inside in found if not inside} == {"initializers", "torch"}
+    assert {(file, package) for file, package, _ in found if package not in {"initializers", "torch"}} == {
+        ("__main__.py", "PIL"),
+        ("__main__.py", "matplotlib"),
+        ("__main__.py", "safetensors"),
+        ("_plot.py", "matplotlib"),
+    }
     assert [Requirement(line).name for line in PROJECT["dependencies"]] == ["torch"]
+
+
+def test_import_initializers_loads_no_optional_package():
+    code = "import sys, initializers; print(sorted({'PIL', 'matplotlib', 'safetensors'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_every_import_of_the_experiments_is_declared():
@@ -65,4 +87,6 @@ def test_every_import_of_the_experiments_is_declared():
     modules = {"scikit-learn": "sklearn", "hydra-core": "hydra", "pillow": "PIL"}
     allowed = {modules.get(name, name) for name in declared} | {"initializers", "experiments"}
     assert "torch" in imported("experiments")
-    assert imported("experiments") | imported("scripts") <= allowed
+    bench = {(Requirement(line).name, True) for line in EXTRAS["bench"]}  # not pinned, as no test runs what needs it
+    inside = {(package, inside) for _, package, inside in imports("scripts")}
+    assert imported("experiments") | {package for package, _ in inside - bench} <= allowed

@@ -11,9 +11,11 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import initializers
+from initializers.__main__ import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "initializers.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(
     r"^((?:make|python) [^#\n]*)", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.M
@@ -27,6 +29,20 @@ def test_python_examples(capsys):
         exec(block, names)
     assert "kmeans" in capsys.readouterr().out
     assert names["rates"].mean["0"] > 0
+
+
+def test_the_example_of_the_guide(capsys):
+    torch.manual_seed(0)
+    (block,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    exec(block, {})
+    assert "left" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_guide_are_understood():
+    commands = re.findall(r"^python -m initializers (.*)$", GUIDE, re.M)
+    assert len(commands) >= 2
+    for command in commands:
+        make_parser().parse_args(shlex.split(command))
 
 
 def test_there_are_commands():

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import initializers
 from experiments.networks.caffenet import CaffeNet
@@ -76,6 +77,98 @@ def test_the_distribution_of_the_weights(name, model):
     assert all(
         torch.equal(a, b) for a, b in zip(model[1].state_dict().values(), norm.state_dict().values(), strict=True)
     )
+
+
+class Attention(nn.Module):
+    """Attention whose projections are packed, or of different widths."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.own = nn.MultiheadAttention(40, 4, batch_first=True, **options)
+
+    def forward(self, x):
+        keys = [x[..., : width or 40] for width in (self.own.kdim, self.own.vdim)]
+        return self.own(x, *keys)[0]
+
+
+# Layer, parameter that is its weight, and fan-in.
+OTHERS = {
+    "conv1d": (lambda: nn.Conv1d(40, 60, 5, groups=2), {"weight": 100}),
+    "conv3d": (lambda: nn.Conv3d(20, 30, (2, 1, 3)), {"weight": 120}),
+    "transposed1d": (lambda: nn.ConvTranspose1d(40, 60, 5), {"weight": 200}),
+    "transposed2d": (lambda: nn.ConvTranspose2d(40, 80, (2, 3), groups=2), {"weight": 120}),
+    "transposed3d": (lambda: nn.ConvTranspose3d(20, 30, 2), {"weight": 160}),
+    "attention": (Attention, {"own.in_proj_weight": 40, "own.out_proj.weight": 40}),
+    "wide attention": (
+        lambda: Attention(kdim=30, vdim=20),
+        {"own.q_proj_weight": 40, "own.k_proj_weight": 30, "own.v_proj_weight": 20, "own.out_proj.weight": 40},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["xavier", "msra", "gaussian", "caffe"])
+@pytest.mark.parametrize("layer", OTHERS)
+def test_every_kind_of_affine_layer(layer, name):
+    make, weights = OTHERS[layer]
+    model = make()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, 3, 4)
+    names = [weight.removesuffix("weight").rstrip("._") for weight in weights]
+    model.caffe_fillers = {name or "weight": (0.3, 0.7) for name in names}
+    getattr(initializers, name)(model)
+    for weight, fan_in in weights.items():
+        expected = {
+            "xavier": uniform(math.sqrt(3 / fan_in)),
+            "msra": normal(math.sqrt(2 / fan_in) if isinstance(model, nn.modules.conv._ConvNd) else 0.01),
+            "gaussian": normal(0.01),
+            "caffe": normal(0.3),
+        }[name]
+        parameter = model.get_parameter(weight)
+        assert moments(parameter) == pytest.approx(expected, rel=0.06), weight
+        assert abs(parameter.mean()) < 4 * parameter.std() / math.sqrt(parameter.numel())
+    bias = torch.tensor(0.7 if name == "caffe" else 0.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert torch.equal(parameter, bias.expand_as(parameter)), name
+
+
+@pytest.mark.parametrize("layer", OTHERS)
+def test_torchs_default_is_that_of_a_new_layer(layer):
+    make, _ = OTHERS[layer]
+    torch.manual_seed(0)
+    new, model = make(), make()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, 3, 4)
+    initializers.torch_default(model)
+    for (name, expected), parameter in zip(new.named_parameters(), model.parameters(), strict=True):
+        if parameter.ndim > 1:
+            assert moments(parameter) == pytest.approx(moments(expected), rel=0.06), name
+        assert (expected == 0).all() == (parameter == 0).all(), name
+        assert parameter.abs().max().item() == pytest.approx(expected.abs().max().item(), rel=0.3), name
+
+
+@pytest.mark.parametrize("layer", OTHERS)
+def test_lsuv_on_every_kind_of_affine_layer(layer):
+    model = OTHERS[layer][0]()
+    shape = {"conv3d": (20, 4, 4, 4), "transposed3d": (20, 3, 3, 3), "transposed2d": (40, 5, 5)}.get(layer, (40, 7))
+    images = 9 * torch.randn(50, *shape, generator=torch.Generator().manual_seed(1))
+    if isinstance(model, Attention):
+        images = images.mT
+    report = initializers.lsuv(model, images, tolerance=1e-4)
+    assert all(row.std_after == pytest.approx(1, abs=1e-4) for row in report.layers)
+    assert model(images).std(correction=0).item() == pytest.approx(1, abs=1e-3)
+    if not isinstance(model, Attention):
+        blocks = model.weight.detach()
+        if model.transposed:
+            blocks = torch.cat([block.transpose(0, 1) for block in blocks.chunk(model.groups)])
+        for block in blocks.flatten(1).chunk(model.groups):
+            gram = block @ block.T if len(block) <= block.shape[1] else block.T @ block
+            torch.testing.assert_close(gram, gram[0, 0] * torch.eye(len(gram)), atol=1e-4 * gram[0, 0].item(), rtol=0)
+    names = [row.name for row in report.layers]
+    if layer == "attention":  # of three tensors, though they are equal
+        assert names == ["own.in_proj[0:40]", "own.in_proj[40:80]", "own.in_proj[80:120]", "own.out_proj"]
+    elif layer == "wide attention":
+        assert names == ["own.q_proj", "own.k_proj", "own.v_proj", "own.out_proj"]
 
 
 def test_biases(model):
@@ -188,8 +281,28 @@ def test_lsuv_leaves_what_is_within_the_tolerance(model, images):
     assert all(row.std_before == row.std_after for row in report.layers)
 
 
-def test_lsuv_takes_one_forward_pass(model, images):
-    calls = []
-    model[7].register_forward_hook(lambda *_: calls.append(1))
-    initializers.lsuv(model, images, tolerance=1e-6)
-    assert len(calls) == 1
+class Rows(TorchFunctionMode):
+    """Counts the rows that affine functions compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {"conv2d": 0, "linear": 0}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in self.counts:
+            self.counts[func.__name__] += len(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, images: initializers.lsuv(model, images, tolerance=1e-6),
+        lambda model, images: initializers.initialize(model, images, between=False),
+    ],
+)
+def test_the_within_layer_step_takes_one_forward_pass(call, model, images):
+    """Two convolutions and two linear layers see each image once, and five images more to record the graph."""
+    with Rows() as rows:
+        call(model, images)
+    assert rows.counts == {"conv2d": 2 * (70 + 5), "linear": 2 * (70 + 5)}

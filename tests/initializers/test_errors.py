@@ -1,7 +1,7 @@
 """Every error names what is wrong and the remedy, and leaves the model exactly as it was."""
 
-import copy
 import math
+import re
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from initializers import (
     torch_default,
     xavier,
 )
+from initializers._layers import NO_LAYER, channel_statistics
 
 WITH_IMAGES = (initialize, rescale, change_rate, lsuv)
 WITHOUT_IMAGES = (caffe, gaussian, msra, torch_default, xavier)
@@ -54,16 +55,28 @@ def model():
     return model
 
 
+def state(model):
+    """All that an initialization may change, to be compared bit by bit."""
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    constants = [getattr(m, name) for m in model.modules() for name in ("eps", "alpha") if hasattr(m, name)]
+    modules = [(name, type(m), m.training) for name, m in model.named_modules()]
+    return tensors, [id(parameter) for parameter in model.parameters()], constants, modules, torch.get_rng_state()
+
+
+def assert_same(before, after):
+    assert before[0].keys() == after[0].keys()
+    for name, tensor in before[0].items():
+        torch.testing.assert_close(tensor, after[0][name], rtol=0, atol=0, equal_nan=True)
+    assert before[1:4] == after[1:4]
+    assert torch.equal(before[4], after[4])
+
+
 def check(message, call, model, *args, **options):
     """`call(model, ...)` fails with the message, and changes neither the model nor the random state."""
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    flags, random = [module.training for module in model.modules()], torch.get_rng_state()
+    before = state(model)
     with pytest.raises(InitializationError, match=f"^{message}"):
         call(model, *args, **options)
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=0, equal_nan=True)
-    assert flags == [module.training for module in model.modules()]
-    assert torch.equal(random, torch.get_rng_state())
+    assert_same(before, state(model))
     assert not any(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
@@ -108,41 +121,61 @@ def test_images(call, bad, message, model, images):
 )
 def test_weights_that_are_not_finite(call, parameter, value, model, images):
     model.get_parameter(parameter).data[1] = value
-    check(f"layer {parameter[0]}: its weights hold NaN or Inf; initialize or load", call, model, images)
-
-
-@pytest.mark.parametrize("call", [*WITH_IMAGES, *WITHOUT_IMAGES])
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [
-        (nn.ConvTranspose2d(3, 5, 3), "layer deep.0: ConvTranspose2d is not supported, only Conv2d and Linear"),
-        (nn.Conv1d(3, 5, 3), "layer deep.0: Conv1d is not supported"),
-        (nn.MultiheadAttention(4, 2), "layer deep.0: MultiheadAttention is not supported"),
-    ],
-)
-def test_layers_that_are_not_supported(call, layer, message, model, images):
-    model.add_module("deep", nn.Sequential(layer))
-    model.caffe_fillers = {}
-    check(message, call, model, *[images] * (call in WITH_IMAGES))
-
-
-@pytest.mark.parametrize("call", [*WITH_IMAGES, *WITHOUT_IMAGES])
-def test_nothing_to_initialize(call, images):
-    model = nn.Sequential(nn.ReLU(), nn.Flatten())
-    model.caffe_fillers = {}
-    check(
-        "the model has no affine layer .*: there is nothing to initialize",
-        call,
-        model,
-        *[images] * (call in WITH_IMAGES),
-    )
+    check(f"parameter {parameter} holds NaN or Inf; initialize or load it again", call, model, images)
 
 
 @pytest.mark.parametrize("call", WITH_IMAGES)
-@pytest.mark.parametrize("head", [lambda x: (x, x), lambda x: x.mean(), lambda x: x.flatten()])
+def test_inputs_of_different_lengths(call, model, images):
+    check("the inputs have 40, 39 rows: pass as many", call, model, (images, images[1:]))
+
+
+class Computed(nn.Module):
+    """Its weight is no parameter but is computed from one."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(5, 3))
+
+    def forward(self, x):
+        return nn.functional.linear(x.mean((2, 3)), self.logits.softmax(1))
+
+
+@pytest.mark.parametrize("call", WITH_IMAGES)
+def test_nothing_to_initialize(call, images):
+    check("the model has no parameters: there is nothing to init", call, nn.Sequential(nn.ReLU(), nn.Flatten()), images)
+    unused = nn.Sequential(nn.BatchNorm2d(3))
+    unused.hidden = nn.ModuleList([nn.Linear(3, 3)])
+    unused.forward = lambda x: unused[0](x)
+    for model in (nn.Sequential(nn.BatchNorm2d(3)), unused, Computed()):
+        check(re.escape(NO_LAYER), call, model, images)
+
+
+@pytest.mark.parametrize("call", WITHOUT_IMAGES)
+def test_nothing_to_fill(call):
+    for model in (nn.Sequential(nn.ReLU(), nn.Flatten()), nn.Sequential(nn.BatchNorm2d(3)), Computed()):
+        model.caffe_fillers = {}
+        check(re.escape(NO_LAYER), call, model)
+
+
+@pytest.mark.parametrize("call", WITH_IMAGES)
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda x: x.mean(),
+        lambda x: x.flatten(),
+        lambda x: x[1:],
+        lambda x: x.T,
+        lambda x: (x, x.mean()),
+        lambda x: {"scores": x, "parts": [x, x[:1]]},
+        lambda x: x.argmax(1),
+        lambda x: None,
+        lambda x: [],
+    ],
+    ids=["scalar", "flat", "fewer", "turned", "loss", "nested", "integers", "none", "empty"],
+)
 def test_models_without_one_row_an_image(call, head, model, images):
     model.append(Call(head))
-    check("the model must return one tensor with a row per image; wrap", call, model, images)
+    check("the model must return tensors with a row per image; wrap", call, model, images)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +183,14 @@ def test_models_without_one_row_an_image(call, head, model, images):
     [
         ({"filters": "k-means"}, "unknown filters 'k-means': choose one of gaussian, pca, zca, kmeans, patches, orth"),
         ({"method": "exact", "between": False}, "unknown method 'exact': choose one of balance, paper"),
+        ({"nonhomogeneous": "keep"}, "unknown nonhomogeneous 'keep': choose one of pin, scale"),
+        ({"lrn": None}, "unknown lrn None: choose one of estimate, exact"),
     ],
 )
 def test_unknown_names(options, message, model, images):
     check(message, initialize, model, images, **options)
+    if "filters" not in options and "between" not in options:
+        check(message, rescale, model, images, **options)
 
 
 @pytest.mark.parametrize("between", [True, False])
@@ -167,6 +204,49 @@ def test_a_channel_that_never_varies(between, model, images):
         None,
         between=between,
     )
+
+
+@pytest.fixture
+def grouped(model):
+    """The second convolution in four groups of two inputs and three outputs."""
+    model[3] = nn.Conv2d(8, 12, 3, groups=4)
+    model[6] = nn.Linear(48, 5)
+    return model
+
+
+@pytest.mark.parametrize("filters", ["kmeans", "gaussian", None])
+def test_groups_whose_inputs_are_dead(filters, grouped, images):
+    """They are no error: one dead channel in thousands would be enough to stop a depthwise network."""
+    alive = torch.tensor([1.0, 1, 0, 0, 1, 0, 0, 0]).view(-1, 1, 1)
+    grouped[2] = Call(lambda x: x.relu() * alive)
+    before = grouped[3].weight.clone()
+    row = initialize(grouped, images, filters).layers[1]
+    note = "2 of 4 groups do not vary and keep their scale"
+    if filters == "kmeans":
+        note = f"Gaussian filters in 2 of 4 groups, whose input does not vary; {note}"
+    assert (row.filters, row.note) == (filters, note)
+    initialize(grouped, images, filters, between=False)
+    outputs = grouped[:4](images).detach().transpose(0, 1).flatten(1)
+    expected = torch.tensor([1.0, 0, 1, 0]).repeat_interleave(3)
+    torch.testing.assert_close(outputs.std(1, correction=0), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(outputs.mean(1), torch.full((12,), 0.1), atol=1e-4, rtol=0)
+    dead = grouped[3].weight.detach().unflatten(0, (4, 3))[[1, 3]]
+    if filters is None:  # the between-layer step scaled all of them alike
+        ratio = dead / before.unflatten(0, (4, 3))[[1, 3]]
+        torch.testing.assert_close(ratio, ratio[0, 0, 0, 0, 0].expand_as(ratio))
+    else:
+        assert dead.std().item() == pytest.approx(0.01, rel=0.3)
+
+
+def test_groups_that_are_not_excused(grouped, images):
+    """A flat channel in a group that varies, and groups that are all flat, show that something is wrong."""
+    grouped[3].weight.data[4] = 0
+    message = "layer 3: output channel 4 has zero variance on 40 image.*; pass more"
+    check(message, initialize, grouped, images, None)
+    grouped[3].weight.data[6:9] = 0
+    check(message, initialize, grouped, images, None)  # a whole group besides
+    grouped[3].weight.data.zero_()
+    check("layer 3: output channel 0 has zero variance", initialize, grouped, images, None, between=False)
 
 
 @pytest.mark.parametrize("filters", ["kmeans", "gaussian"])
@@ -203,27 +283,68 @@ def test_layers_that_cannot_be_balanced(model, images):
     )
     nn.init.constant_(model[3].bias, -1e9)
     check("layer 0: no gradient reaches its weights on these images; initialize it", rescale, model, images)
-    model.append(model[6])
-    check("layer 6 is used twice.*pass between=False", rescale, model, images)
+    check("layer 0: no gradient", rescale, model, images, nonhomogeneous="scale")
 
 
 def test_a_layer_that_the_output_ignores(model, images):
     model[2] = Call(torch.ones_like)
+    for call in (change_rate, rescale):
+        check("layer 0: the output of the model does not depend on it", call, model, images)
+    model[6] = Call(torch.ones_like)
     check("layer 0: the output of the model does not depend on it", change_rate, model, images)
 
 
-@pytest.mark.parametrize(("call", "passes"), [(lsuv, 0), (initialize, 0), (initialize, 1), (rescale, 1)])
-def test_an_interrupt(call, passes, model, images):
-    """In the first pass, or in the one that measures the balanced network."""
-    nn.init.uniform_(model[1].running_mean)
-    before, images = copy.deepcopy(model.state_dict()), images[:16]
-    calls = iter(range(passes))
+@pytest.fixture
+def constants(model):
+    """The model with normalisations whose constants may be scaled."""
+    return nn.Sequential(*model[:3], nn.GroupNorm(2, 8), nn.LocalResponseNorm(3), *model[3:])
 
-    def interrupt(module, args):
-        if next(calls, None) is None:
+
+def interrupted(call, model, at, monkeypatch):
+    """Run `call` with an interrupt at the given forward pass or statistics of a layer; whether it came to that."""
+    count = 0
+
+    def interrupt(*_):
+        nonlocal count
+        count += 1
+        if count == at:
             raise KeyboardInterrupt
 
-    model[4].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        call(model, images)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    def statistics(*args):
+        interrupt()
+        return channel_statistics(*args)
+
+    hook = model[-2].register_forward_hook(interrupt)
+    monkeypatch.setattr("initializers._initialize.channel_statistics", statistics)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        hook.remove()
+        monkeypatch.undo()
+    return False
+
+
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [
+        (lsuv, {}),
+        (initialize, {"lrn": "exact"}),
+        (initialize, {"nonhomogeneous": "scale"}),
+        (rescale, {"lrn": "exact"}),
+        (rescale, {"lrn": "estimate"}),
+        (rescale, {"method": "paper", "lrn": "exact"}),
+        (rescale, {"nonhomogeneous": "scale"}),
+    ],
+)
+def test_an_interrupt(call, options, constants, images, monkeypatch):
+    """Wherever it comes."""
+    nn.init.uniform_(constants[1].running_mean)
+    before, at = state(constants), 1
+    while interrupted(lambda: call(constants, images[:16], **options), constants, at, monkeypatch):
+        assert_same(before, state(constants))
+        at += 1
+    assert at > 2
+    after = state(constants)[0]
+    assert any(name not in after or not torch.equal(tensor, after[name]) for name, tensor in before[0].items())

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import nn
 
-from initializers import initialize
-from initializers._filters import DATA_DRIVEN, KINDS, _as_weight, draw_filters, draw_patches, spherical_kmeans
+from initializers import InitializationError, initialize
+from initializers._filters import DATA_DRIVEN, KINDS, _as_blocks, draw_filters, draw_patches, spherical_kmeans
+from initializers._layers import Layers, forward
 
 LAYERS = {
     "plain": lambda: nn.Conv2d(6, 12, 3, bias=False),
@@ -15,7 +16,15 @@ LAYERS = {
     "same": lambda: nn.Conv2d(6, 12, (4, 3), padding="same", padding_mode="reflect", groups=2, bias=False),
     "circular": lambda: nn.Conv2d(6, 12, 5, padding=1, padding_mode="circular", bias=False),
     "pointwise": lambda: nn.Conv2d(6, 5, 1, bias=False),
+    "1d": lambda: nn.Conv1d(6, 12, 5, stride=2, padding=3, dilation=2, groups=2, bias=False),
+    "3d": lambda: nn.Conv3d(6, 8, (2, 3, 1), stride=(1, 2, 2), padding=(1, 0, 0), groups=2, bias=False),
     "linear": lambda: nn.Linear(20, 12, bias=False),
+    "tokens": lambda: nn.Linear(20, 12, bias=False),
+}
+TRANSPOSED = {
+    "1d": lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2),
+    "2d": lambda: nn.ConvTranspose2d(20, 60, (2, 3), bias=False),
+    "3d": lambda: nn.ConvTranspose3d(4, 6, 2, groups=2),
 }
 
 
@@ -28,14 +37,49 @@ def build(name, samples=200):
     torch.manual_seed(0)
     layer = LAYERS[name]()
     if isinstance(layer, nn.Linear):
-        return layer, 3 + torch.randn(samples, 20) @ torch.randn(20, 20)
-    x = F.avg_pool2d(torch.randn(samples, 6, 13, 13), 3, stride=1)
-    return layer, 3 + torch.einsum("nchw,cd->ndhw", x, torch.randn(6, 6))
+        shape = (samples,) if name == "linear" else (samples, 5)
+        return layer, 3 + torch.randn(*shape, 20) @ torch.randn(20, 20)
+    if name == "3d":
+        x = F.avg_pool3d(torch.randn(samples, 6, 5, 7, 6), 2, stride=1)
+    elif name == "1d":
+        x = F.avg_pool1d(torch.randn(samples, 6, 23), 3, stride=1)
+    else:
+        x = F.avg_pool2d(torch.randn(samples, 6, 13, 13), 3, stride=1)
+    return layer, 3 + torch.einsum("nc...,cd->nd...", x, torch.randn(6, 6))
+
+
+def seen(layer, x):
+    """The use of a layer in a forward pass and the input it sees there, in several batches."""
+    found = []
+
+    def visit(call, x, compute):
+        found.append((call, list(x.split([1, 2, len(x) - 3]))))
+        return compute()
+
+    model = nn.Sequential(layer)
+    with torch.no_grad():
+        forward(Layers(model), (x,), visit)
+    ((call, inputs),) = found
+    assert call.layer.weight is layer.weight
+    return call, inputs
+
+
+def weight_of(layer, blocks):
+    """Blocks (groups, outputs, inputs, kernel) as the weight of a layer."""
+    return blocks.reshape(layer.weight.shape).contiguous()
+
+
+def filters_for(kind, layer, x, seed=0, **options):
+    """As a weight, and the note."""
+    blocks, note = draw_filters(kind, *seen(layer, x), generator(seed), **options)
+    assert blocks.dtype == torch.float32
+    return weight_of(layer, blocks), note
 
 
 def rows(layer, outputs):
     """The outputs of a layer, one row per sample, in float64."""
-    return outputs.double() if outputs.ndim == 2 else outputs.double().movedim(1, -1).flatten(0, -2)
+    outputs = outputs.double() if isinstance(layer, nn.Linear) else outputs.double().movedim(1, -1)
+    return outputs.flatten(0, -2)
 
 
 def grouped_covariance(layer, x):
@@ -46,19 +90,19 @@ def grouped_covariance(layer, x):
 
 
 def with_filters(kind, layer, x, seed=0):
-    weight, note = draw_filters(kind, layer, x, generator(seed))
-    assert (weight.shape, weight.dtype, note) == (layer.weight.shape, torch.float32, "")
-    layer.weight.data = weight
+    layer.weight.data, note = filters_for(kind, layer, x, seed)
+    assert note == ""
     return layer
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_patches_are_what_the_layer_multiplies(name):
     """Filters times patches are the outputs of the layer, each sample once."""
-    layer, x = build(name, samples=5)
-    patches = draw_patches(layer, x, 10**6, generator())
-    filters = torch.randn(*patches.shape[::2][:1], layer.weight.shape[0] // len(patches), patches.shape[2])
-    layer.weight.data = _as_weight(layer, filters).contiguous()
+    layer, x = build(name, samples=6)
+    call, inputs = seen(layer, x)
+    patches = draw_patches(call, inputs, 10**6, generator())
+    filters = torch.randn(len(patches), layer.weight.shape[0] // len(patches), patches.shape[2])
+    layer.weight.data = weight_of(layer, _as_blocks(call.layer, filters))
     products = (patches @ filters.mT).movedim(0, 1).flatten(1).double()
     outputs = rows(layer, layer(x)).detach()
     assert products.shape == outputs.shape
@@ -67,16 +111,17 @@ def test_patches_are_what_the_layer_multiplies(name):
     )
 
 
-@pytest.mark.parametrize("name", ["groups", "linear"])
+@pytest.mark.parametrize("name", ["groups", "linear", "tokens", "3d"])
 def test_patches_are_drawn_without_replacement(name):
-    layer, x = build(name)
-    every, some = (draw_patches(layer, x, limit, generator()) for limit in (10**6, 150))
+    call, inputs = seen(*build(name))
+    every, some = (draw_patches(call, inputs, limit, generator()) for limit in (10**6, 150))
     assert some.shape == (len(every), 150, every.shape[2])
     known = {tuple(row) for row in every[0].tolist()}
     drawn = [tuple(row) for row in some[0].tolist()]
     assert len(set(drawn)) == 150
     assert set(drawn) <= known
-    assert not torch.equal(some, draw_patches(layer, x, 150, generator(1)))
+    assert not torch.equal(some, draw_patches(call, inputs, 150, generator(1)))
+    assert torch.equal(some, draw_patches(call, [torch.cat(inputs)], 150, generator()))  # whatever the batches
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -92,10 +137,10 @@ def test_pca_and_zca_give_white_outputs(kind, name):
 def decompose(layer, x, group=0):
     """Centred patches of a group, in the order of the weight, and their principal variances and directions, float64."""
     if isinstance(layer, nn.Linear):
-        patches = x.double()
+        patches = x.double().flatten(0, -2)
     else:  # the outputs of filters that are 1 at one place
         units = torch.eye(layer.weight[0].numel()).view(-1, *layer.weight.shape[1:])
-        units = units.repeat(layer.groups, 1, 1, 1)
+        units = units.repeat(layer.groups, *[1] * (layer.weight.ndim - 1))
         patches = rows(layer, layer._conv_forward(x, units, None)).chunk(layer.groups, dim=1)[group]
     patches = patches - patches.mean(0)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -119,11 +164,11 @@ def test_pca_filters_are_the_leading_principal_components(name):
 def test_zca_outputs_are_the_closest_white_ones_to_those_of_random_filters(name):
     """Which they are if the covariance of the two is symmetric and positive (the orthogonal Procrustes problem)."""
     layer, x = build(name)
-    drawn = generator()
-    draw_patches(layer, x, 10**6, drawn)
+    drawn, (call, inputs) = generator(), seen(layer, x)
+    draw_patches(call, inputs, 10**6, drawn)
     random = torch.randn(1, *layer.weight.flatten(1).shape, generator=drawn)
     white = rows(layer, with_filters("zca", layer, x)(x)).detach()
-    layer.weight.data = _as_weight(layer, random)
+    layer.weight.data = weight_of(layer, _as_blocks(call.layer, random))
     covariance = torch.cat([white, rows(layer, layer(x)).detach()], 1).T.cov(correction=0)[:12, 12:]
     torch.testing.assert_close(covariance, covariance.T, rtol=0, atol=1e-3 * covariance.abs().max().item())
     assert torch.linalg.eigvalsh(covariance).min() > 0
@@ -184,6 +229,13 @@ def test_an_empty_cluster_starts_again():
     torch.testing.assert_close(centres.norm(dim=1), torch.ones(4))
 
 
+def test_a_cluster_whose_points_cancel_starts_again():
+    """In one dimension, as for a depthwise filter, half of the points are often just opposite to the others."""
+    points = torch.tensor([[1.0], [-1.0]]).repeat(20, 1).expand(3, 40, 1)
+    centres = spherical_kmeans(points, torch.tensor([0]), generator())
+    assert torch.equal(centres.abs(), torch.ones(3, 1, 1))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_outputs_than_inputs(kind):
     """64 filters on 3x3x3."""
@@ -220,26 +272,124 @@ def test_directions_without_variance_get_no_weight(kind):
 @pytest.mark.parametrize("kind", DATA_DRIVEN)
 def test_fewer_samples_than_outputs(kind, monkeypatch):
     layer, x = build("linear", samples=11)
-    weight, note = draw_filters(kind, layer, x, generator())
-    assert note == "11 samples for 12 outputs"
+    weight, note = filters_for(kind, layer, x)
+    assert note == "Gaussian filters, as there are 11 samples for 12 outputs"
     assert weight.std() == pytest.approx(0.01, rel=0.2)
-    assert draw_filters(kind, layer, torch.randn(12, 20), generator())[1] == ""
+    assert filters_for(kind, layer, torch.randn(12, 20))[1] == ""
     monkeypatch.setattr("initializers._filters.MAX_PATCH_VALUES", 10 * 20)
-    assert draw_filters(kind, layer, torch.randn(12, 20), generator())[1] == "10 samples for 12 outputs"
+    note = "Gaussian filters, as there are 10 samples for 12 outputs"
+    assert filters_for(kind, layer, torch.randn(12, 20))[1] == note
 
 
 @pytest.mark.parametrize("kind", DATA_DRIVEN)
-def test_groups_see_their_own_channels_only(kind):
+@pytest.mark.parametrize("name", ["groups", "1d", "3d"])
+def test_groups_see_their_own_channels_only(kind, name):
+    layer, x = build(name)
+    before, _ = filters_for(kind, layer, x)
+    second = slice(6 // layer.groups, 2 * 6 // layer.groups)
+    x[:, second] = x[:, second].flip(2) ** 2
+    after, _ = filters_for(kind, layer, x)
+    pairs = zip(before.chunk(layer.groups), after.chunk(layer.groups), strict=True)
+    assert [torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs] == [True, False, True][: layer.groups]
+
+
+@pytest.mark.parametrize("kind", DATA_DRIVEN)
+def test_groups_whose_input_is_dead(kind):
     layer, x = build("groups")
-    before, _ = draw_filters(kind, layer, x, generator())
-    x[:, 2:4] = x[:, 2:4].flip(3) ** 2
-    after, _ = draw_filters(kind, layer, x, generator())
-    same = [torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(before.chunk(3), after.chunk(3), strict=True)]
-    assert same == [True, False, True]
+    x -= x.amin((0, 2, 3), keepdim=True)
+    before, _ = filters_for(kind, layer, x)
+    x[:, 2:4] = 0  # the padding is as dead
+    after, note = filters_for(kind, layer, x)
+    assert note == "Gaussian filters in 1 of 3 groups, whose input does not vary"
+    before, after = before.chunk(3), after.chunk(3)
+    for group in (0, 2):
+        torch.testing.assert_close(after[group], before[group], rtol=1e-3, atol=1e-5)
+    assert after[1].std() == pytest.approx(0.01, rel=0.2)
+    with pytest.raises(InitializationError, match=r"^the layer's input has no variance: pass more"):
+        filters_for(kind, layer, 0 * x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions_see_no_patches(kind, name):
+    layer = TRANSPOSED[name]()
+    x = torch.randn(9, layer.in_channels, *[5] * len(layer.kernel_size))
+    blocks, note = draw_filters(kind, *seen(layer, x), generator(), centre=layer.bias is None)
+    groups = layer.groups
+    assert blocks.shape == (
+        groups,
+        layer.out_channels // groups,
+        layer.in_channels // groups,
+        layer.weight[0, 0].numel(),
+    )
+    if kind == "orthonormal":
+        rows = blocks.flatten(2)
+        gram = rows @ rows.mT if rows.shape[1] <= rows.shape[2] else rows.mT @ rows
+        torch.testing.assert_close(gram, torch.eye(gram.shape[1]).expand_as(gram), atol=1e-5, rtol=0)
+    else:
+        assert blocks.std().item() == pytest.approx(0.01, rel=4 / (2 * blocks.numel()) ** 0.5)
+    expected = "Gaussian filters, as a transposed convolution sees no patches" if kind in DATA_DRIVEN else ""
+    assert note == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_centred_filters_leave_the_mean_out(kind, name):
+    """They are orthogonal to the mean patch of their group, and otherwise what they would be."""
+    layer, x = build(name)
+    plain = rows(layer, layer_with(layer, filters_for(kind, layer, x)[0])(x)).detach()
+    weight, note = filters_for(kind, layer, x, centre=True)
+    assert note == ""
+    outputs = rows(layer, layer_with(layer, weight)(x)).detach()
+    std, mean = torch.std_mean(outputs, 0, correction=0)
+    assert (mean / std).abs().max() < 1e-4
+    assert (plain.mean(0) / plain.std(0)).abs().max() > 0.1
+    assert std.min() > 1e-3 * std.max()
+
+
+def layer_with(layer, weight):
+    layer.weight.data = weight
+    return layer
+
+
+@pytest.mark.parametrize("kind", DATA_DRIVEN)
+def test_centred_filters_are_those_of_the_patches_without_their_mean(kind):
+    """Of patches whose mean varies as nothing else, and of the others what is left is what they were."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 5) * torch.tensor([3.0, 0.5, 1.0, 2.0, 4.0])
+    x = x - x.mean(0)
+    x[:, 0] += 20  # the direction of the mean patch is the first input
+    layer = nn.Linear(5, 4, bias=False)
+    weight, _ = filters_for(kind, layer, x, centre=True)
+    assert weight[:, 0].abs().max() < 1e-4 * weight.abs().max()
+    outputs = (x @ weight.T).double()
+    covariance = outputs.T.cov(correction=0)
+    if kind in ("pca", "zca"):
+        torch.testing.assert_close(covariance, torch.eye(4).double(), atol=2e-3, rtol=0)
+    else:  # codes are of unit length in the whitened space of the other four inputs
+        codes = weight[:, 1:] * x[:, 1:].std(0, correction=0)
+        assert torch.linalg.matrix_rank(codes) == 4
+        torch.testing.assert_close(codes.norm(dim=1), torch.ones(4), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_that_only_vary_along_their_mean_keep_it(kind):
+    """A depthwise filter on one position: its only weight is along the mean."""
+    layer = nn.Conv2d(6, 6, 1, groups=6, bias=False)
+    x = 3 + torch.randn(200, 6, 4, 4, generator=generator())
+    weight, _ = filters_for(kind, layer, x, centre=True)
+    assert weight.abs().min() > 1e-4
+    mixed = nn.Conv2d(4, 4, (1, 2), groups=2, bias=False)
+    x = 3 + torch.randn(200, 4, 1, 6, generator=generator())
+    x[:, :2] = x[:, :2].mean((1, 3), keepdim=True)  # in the first group all inputs are the same
+    means = layer_with(mixed, filters_for(kind, mixed, x, centre=True)[0])(x).mean((0, 2, 3)).abs()
+    stds = mixed(x).std((0, 2, 3))
+    assert (means / stds)[:2].min() > 1
+    assert (means / stds)[2:].max() < 1e-4
 
 
 def test_gaussian_is_that_of_the_paper():
-    weight, _ = draw_filters("gaussian", nn.Conv2d(30, 40, 5, groups=2), None, generator())
+    weight, _ = filters_for("gaussian", nn.Conv2d(30, 40, 5, groups=2), torch.zeros(9, 30, 5, 5))
     assert weight.shape == (40, 15, 5, 5)
     assert weight.std().item() == pytest.approx(0.01, rel=0.03)
     assert abs(weight.mean().item()) < 3e-4
@@ -247,10 +397,12 @@ def test_gaussian_is_that_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Conv2d(8, 12, 3, groups=2), nn.Linear(20, 20), nn.Conv2d(3, 64, 3), nn.Linear(5, 9)]
+    "layer",
+    [nn.Conv2d(8, 12, 3, groups=2), nn.Linear(20, 20), nn.Conv2d(3, 64, 3), nn.Linear(5, 9), nn.Conv1d(4, 9, 2)],
 )
 def test_orthonormal_rows_or_columns(layer):
-    weight, _ = draw_filters("orthonormal", layer, None, generator())
+    x = torch.zeros(9, layer.weight.shape[1] * getattr(layer, "groups", 1), *[3] * (layer.weight.ndim - 2))
+    weight, _ = filters_for("orthonormal", layer, x)
     for block in weight.flatten(1).chunk(getattr(layer, "groups", 1)):
         gram = block @ block.T if len(block) <= block.shape[1] else block.T @ block
         torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)

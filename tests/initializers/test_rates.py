@@ -2,31 +2,46 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from initializers import Rates, _rates, change_rate
+from initializers._layers import Layers
 from initializers._rates import BATCH, measure
+
+AFFINE = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def affine_weights(model):
+    """The weight of each affine layer and the rows of it: what the model states, or those of its modules."""
+    if hasattr(model, "layers"):
+        return model.layers
+    return {name: (f"{name}.weight", ...) for name, module in model.named_modules() if isinstance(module, AFFINE)}
 
 
 def slow_columns(model, images, eta):
     """C_k,j by equation 1, one image at a time by autograd in float64; for a convolution j counts within the group."""
     model = copy.deepcopy(model).double().eval().requires_grad_(True)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    weights = [layer.weight for layer in layers.values()]
+    weights = affine_weights(model)
+    parameters = [model.get_parameter(parameter) for parameter, _ in weights.values()]
     squares = [0.0] * len(weights)
     for image, top in zip(images.double().split(1), eta.double().split(1), strict=True):
-        gradients = torch.autograd.grad((model(image) * top).sum(), weights)
+        gradients = torch.autograd.grad((model(image) * top).sum(), parameters)
         squares = [total + g.square() / len(images) for total, g in zip(squares, gradients, strict=True)]
     columns = {}
-    for name, weight, square in zip(layers, weights, squares, strict=True):
-        mean = square.movedim(1, 0).flatten(1).mean(1)
-        columns[name] = (mean / weight.square().mean()).sqrt().detach()
+    for (name, (path, rows)), parameter, square in zip(weights.items(), parameters, squares, strict=True):
+        module = model.get_submodule(path.rpartition(".")[0])
+        if getattr(module, "transposed", False):  # (inputs, outputs of a group, kernel)
+            mean = square.unflatten(0, (module.groups, -1)).movedim(1, 0).flatten(1).mean(1)
+        else:
+            mean = square[rows].movedim(1, 0).flatten(1).mean(1)
+        columns[name] = (mean / parameter[rows].square().mean()).sqrt().detach()
     return columns
 
 
-def conv(*args, **options):
+def conv(*args, make=nn.Conv2d, **options):
     """The convolution between two others, with in-place ReLUs."""
-    middle = nn.Conv2d(6, *args, **options)
+    middle = make(6, *args, **options)
     return nn.Sequential(
         nn.Conv2d(4, 6, 3, stride=2, bias=False),
         nn.ReLU(inplace=True),
@@ -41,10 +56,172 @@ def conv(*args, **options):
     )
 
 
+def transposed(*args, **options):
+    return conv(*args, make=nn.ConvTranspose2d, **options)
+
+
+def in_dimensions(count, *layers):
+    """Convolutions of one or three dimensions: along all pixels of a channel, or with the channels as a dimension."""
+    shape = nn.Flatten(2) if count == 1 else nn.Unflatten(1, (1, 4))
+    pool = (nn.AdaptiveAvgPool1d if count == 1 else nn.AdaptiveAvgPool3d)(1)
+    with_relus = [part for layer in layers for part in (layer, nn.ReLU(inplace=True))]
+    return nn.Sequential(shape, *with_relus, pool, nn.Flatten(), nn.Linear(layers[-1].out_channels, 3))
+
+
+class Shared(nn.Module):
+    """A convolution used on two sizes, a linear layer used on rows and on tokens: the gradients of the uses add up."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(4, 6, 3)
+        self.conv = nn.Conv2d(6, 6, 3, padding=1, groups=2)
+        self.linear = nn.Linear(6, 6)
+        self.top = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = F.relu(self.conv(F.relu(self.first(x))))
+        x = F.relu(self.conv(F.max_pool2d(x, 2)))
+        tokens = F.relu(self.linear(x.flatten(2).mT))
+        return self.top(F.relu(self.linear(tokens.mean(1)) - tokens.amax(1)))
+
+
+class Functional(nn.Module):
+    """Parameters without modules, arguments by name, and a weight that two layers use."""
+
+    layers = {"kernel": ("kernel", ...), "table": ("table", ...), "head.matrix": ("head.matrix", ...)}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(6, 2, 3, 2) / 4)
+        self.table = nn.Parameter(torch.randn(6, 6) / 3)
+        self.head = nn.ParameterDict({"matrix": torch.randn(3, 6)})
+
+    def forward(self, x):
+        x = F.conv2d(weight=self.kernel, input=x, padding="same", dilation=(1, 2), groups=2)
+        x = x.relu_().mean((2, 3))
+        x = F.linear(x, self.table).relu()
+        return F.linear(F.linear(input=x, weight=self.table).relu_(), self.head["matrix"])
+
+
+class Windows(nn.Module):
+    """As in Swin: windows of the map become rows of the linear layer's input."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(4, 6, 2, stride=2)
+        self.window = nn.Linear(6, 8)
+        self.top = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.relu(self.embed(x)[..., :4, :4]).permute(0, 2, 3, 1)
+        x = x.unflatten(2, (2, 2)).unflatten(1, (2, 2)).transpose(2, 3)  # two by two windows of two by two
+        x = F.relu(self.window(x.flatten(0, 2).flatten(1, 2)))
+        return self.top(x.mean(1).unflatten(0, (-1, 4)).mean(1))
+
+
+class WindowsOfAConvolution(nn.Module):
+    """Rows of the images become images of a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 6, 3, stride=2)
+        self.top = nn.Linear(6, 3)
+
+    def forward(self, x):
+        rows = x.transpose(1, 2)
+        return self.top(F.relu(self.conv(rows.flatten(0, 1))).mean(2).unflatten(0, rows.shape[:2]).amax(1))
+
+
+class Attention(nn.Module):
+    """Attention within the tokens, from one query to them, and with keys and values of other widths."""
+
+    layers = {  # noqa: RUF012
+        "embed": ("embed.weight", ...),
+        "own.in_proj": ("own.in_proj_weight", ...),
+        "own.out_proj": ("own.out_proj.weight", ...),
+        "cross.in_proj[0:6]": ("cross.in_proj_weight", slice(0, 6)),
+        "cross.in_proj[6:18]": ("cross.in_proj_weight", slice(6, 18)),
+        "cross.out_proj": ("cross.out_proj.weight", ...),
+        "wide.q_proj": ("wide.q_proj_weight", ...),
+        "wide.k_proj": ("wide.k_proj_weight", ...),
+        "wide.v_proj": ("wide.v_proj_weight", ...),
+        "wide.out_proj": ("wide.out_proj.weight", ...),
+        "top": ("top.weight", ...),
+    }
+
+    def __init__(self, batch_first, tokens=9):
+        super().__init__()
+        self.batch_first, self.tokens = batch_first, tokens
+        self.embed = nn.Linear(4, 6)
+        self.own = nn.MultiheadAttention(6, 2, batch_first=batch_first)
+        self.cross = nn.MultiheadAttention(6, 3, batch_first=batch_first, add_bias_kv=True)
+        self.wide = nn.MultiheadAttention(6, 1, batch_first=batch_first, kdim=4, vdim=6)
+        self.top = nn.Linear(6, 3)
+
+    def forward(self, x):
+        inputs = x.flatten(2)[..., : self.tokens].mT
+        inputs = inputs if self.batch_first else inputs.transpose(0, 1)
+        x = self.embed(inputs)
+        x = x + self.own(x, x, x)[0]
+        first = 1 if self.batch_first else 0
+        query = x.narrow(first, 0, 1)
+        query = query + self.cross(query, x, x)[0]
+        query = query + self.wide(query, inputs, x, need_weights=False)[0]
+        return self.top(query.squeeze(first))
+
+
+class Encoder(nn.Module):
+    """Torch's own transformer, whose fast path would hide the layers."""
+
+    layers = {  # noqa: RUF012
+        "embed": ("embed.weight", ...),
+        "block.self_attn.in_proj": ("block.self_attn.in_proj_weight", ...),
+        "block.self_attn.out_proj": ("block.self_attn.out_proj.weight", ...),
+        "block.linear1": ("block.linear1.weight", ...),
+        "block.linear2": ("block.linear2.weight", ...),
+        "top": ("top.weight", ...),
+    }
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.batch_first = batch_first
+        self.embed = nn.Linear(4, 6)
+        self.block = nn.TransformerEncoderLayer(6, 2, 10, batch_first=batch_first)
+        self.top = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.embed(x.flatten(2).mT[:, :7])
+        x = self.block(x) if self.batch_first else self.block(x.transpose(0, 1)).transpose(0, 1)
+        return self.top(x.mean(1))
+
+
+class Table(nn.Module):
+    """A layer whose input is the same for all images; it may have as many rows as there are images in a batch."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(rows, 5))
+        self.keys = nn.Linear(5, 4)
+        self.top = nn.Linear(rows, 3)
+
+    def forward(self, x):
+        return self.top(F.relu(x.mean((2, 3)) @ F.relu(self.keys(self.table)).T))
+
+
 NETWORKS = {
     "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(4 * 121, 7), nn.ReLU(inplace=True), nn.Linear(7, 3)),
     "tokens": lambda: nn.Sequential(
         nn.Conv2d(4, 9, 7), nn.Flatten(2), nn.Linear(25, 8), nn.ReLU(), nn.Linear(8, 2), nn.Flatten(), nn.Linear(18, 3)
+    ),
+    "as many tokens as images": lambda: nn.Sequential(
+        nn.Flatten(2),
+        nn.Linear(121, 4 * BATCH),
+        nn.Unflatten(2, (BATCH, 4)),
+        nn.Flatten(1, 2),
+        nn.ReLU(),
+        nn.Linear(4, 2),
+        nn.Flatten(),
+        nn.Linear(8 * BATCH, 3),
     ),
     "pointwise": lambda: conv(8, 1),
     "groups": lambda: conv(8, 3, padding=1, groups=2),
@@ -52,10 +229,44 @@ NETWORKS = {
     "strides": lambda: conv(8, (3, 2), stride=(2, 1), padding=(0, 2)),
     "dilation": lambda: conv(8, (2, 3), dilation=2, padding=2),
     "same": lambda: conv(8, (2, 3), dilation=2, padding="same"),
+    "even same": lambda: conv(8, (4, 2), padding="same"),
     "reflect": lambda: conv(8, 3, padding=2, padding_mode="reflect", groups=2),
     "circular": lambda: conv(8, 3, padding=(1, 2), padding_mode="circular"),
+    "leftover pixels": lambda: conv(8, 2, stride=(3, 2)),
     "dropout": lambda: nn.Sequential(conv(8, 3), nn.Dropout(), nn.Linear(3, 3)),
     "sigmoid": lambda: nn.Sequential(conv(8, 3), nn.Sigmoid(), nn.Linear(3, 3)),
+    "1d": lambda: in_dimensions(
+        1, nn.Conv1d(4, 6, 5, stride=3, padding=3, dilation=2, groups=2), nn.Conv1d(6, 8, 3, padding="same")
+    ),
+    "3d": lambda: in_dimensions(
+        3, nn.Conv3d(1, 4, (2, 3, 3), padding=(0, 2, 1)), nn.Conv3d(4, 6, (2, 1, 3), stride=(1, 2, 3), groups=2)
+    ),
+    "transposed": lambda: transposed(8, 3),
+    "transposed strides": lambda: transposed(8, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2)),
+    "transposed dilation": lambda: transposed(8, 3, stride=2, padding=2, dilation=(2, 1), bias=False),
+    "transposed groups": lambda: transposed(9, (2, 3), stride=2, padding=1, output_padding=1, groups=3),
+    "transposed depthwise": lambda: transposed(6, 2, stride=2, groups=6),
+    "transposed 1d": lambda: in_dimensions(
+        1, nn.Conv1d(4, 6, 7, stride=4), nn.ConvTranspose1d(6, 4, 3, stride=2, padding=1, output_padding=1, groups=2)
+    ),
+    "transposed 3d": lambda: in_dimensions(
+        3,
+        nn.ConvTranspose3d(1, 4, (1, 2, 3), dilation=(1, 2, 1)),
+        nn.ConvTranspose3d(4, 6, 2, stride=(2, 1, 1), groups=2),
+    ),
+    "shared": Shared,
+    "functional": Functional,
+    "windows": Windows,
+    "windows of a convolution": WindowsOfAConvolution,
+    "attention, images first": lambda: Attention(batch_first=True),
+    "attention, tokens first": lambda: Attention(batch_first=False),
+    "attention, as many tokens as images": lambda: Attention(batch_first=False, tokens=BATCH),
+    "attention, two tokens": lambda: Attention(batch_first=False, tokens=2),
+    "encoder, images first": lambda: Encoder(batch_first=True),
+    "encoder, tokens first": lambda: Encoder(batch_first=False),
+    "table": lambda: Table(7),
+    "table of as many rows as images": lambda: Table(BATCH),
+    "table of two rows": lambda: Table(2),
 }
 
 
@@ -79,12 +290,48 @@ def eta():
 def test_columns_equal_a_slow_computation(network, limit, images, eta, monkeypatch):
     model = build(network)
     monkeypatch.setattr(_rates, "MAX_COLUMN_VALUES", limit)  # the smaller unfolds one image at a time
-    rates, top = measure(model.eval(), (images,), seed=0, eta=eta)
+    measurement = measure(Layers(model.eval()), (images,), seed=0, eta=eta)
     slow = slow_columns(model, images, eta)
-    assert rates.layers == list(slow)
+    assert measurement.rates.layers == list(slow)
     for name in slow:
-        torch.testing.assert_close(rates.columns[name], slow[name], rtol=1e-4, atol=0)
-    torch.testing.assert_close(top, model(images))
+        torch.testing.assert_close(measurement.rates.columns[name], slow[name], rtol=1e-4, atol=0)
+    torch.testing.assert_close(measurement.outputs, model(images).detach())
+
+
+class Heads(nn.Module):
+    """Nested outputs, of which one does not depend on any weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.other = nn.Conv2d(4, 6, 3), nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        hidden = F.relu(self.body(x))
+        pooled = hidden.mean((2, 3))
+        return {"scores": [self.one(pooled), (self.other(hidden.permute(0, 2, 3, 1)),)], "inputs": x, "none": None}
+
+
+class Joined(nn.Module):
+    """What it returns in one row per image."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x):
+        one, (other,) = self.heads(x)["scores"]
+        return torch.cat([one, other.flatten(1)], 1)
+
+
+def test_all_outputs_of_a_model_count(images):
+    torch.manual_seed(0)
+    model, images, generator = Heads(), images[:BATCH], torch.Generator().manual_seed(5)
+    eta = [torch.randn(BATCH, 3, generator=generator), torch.randn(BATCH, 9, 9, 2, generator=generator).flatten(1)]
+    slow = slow_columns(Joined(model), images, torch.cat(eta, 1))
+    rates = change_rate(model, images, seed=5)
+    assert [f"heads.{name}" for name in rates.layers] == list(slow)
+    for name in rates.layers:
+        torch.testing.assert_close(rates.columns[name], slow[f"heads.{name}"], rtol=1e-4, atol=0)
 
 
 def test_eta_is_normal_and_drawn_for_every_image(images):

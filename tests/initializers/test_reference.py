@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from initializers import change_rate, initialize, rescale
+from initializers._layers import Layers
 from initializers._rates import measure
 
 LAYERS = ("conv1", "conv2", "conv3", "fc4", "fc5")
@@ -63,7 +64,7 @@ def test_algorithm_1(disturb, caffe_small, reference):
 
 def test_change_rates(stage, caffe_small, reference):
     model = load(caffe_small, reference, stage)
-    rates, _ = measure(model, (reference["images"],), seed=0, eta=reference["rate.eta"])
+    rates = measure(Layers(model), (reference["images"],), seed=0, eta=reference["rate.eta"]).rates
     assert rates.layers == list(LAYERS)
     for name, column in rates.columns.items():
         torch.testing.assert_close(column, reference[f"rate.{stage}.{name}"], rtol=1e-5, atol=0)

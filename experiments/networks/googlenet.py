@@ -1,0 +1,140 @@
+"""GoogLeNet (Szegedy et al., 2015) as Caffe trains it (BVLC/caffe, models/bvlc_googlenet)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Outputs of 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5 and pool_proj.
+INCEPTIONS = {
+    "3a": (64, 96, 128, 16, 32, 32),
+    "3b": (128, 128, 192, 32, 96, 64),
+    "4a": (192, 96, 208, 16, 48, 64),
+    "4b": (160, 112, 224, 24, 64, 64),
+    "4c": (128, 128, 256, 24, 64, 64),
+    "4d": (112, 144, 288, 32, 64, 64),
+    "4e": (256, 160, 320, 32, 128, 128),
+    "5a": (256, 160, 320, 32, 128, 128),
+    "5b": (384, 192, 384, 48, 128, 128),
+}
+
+
+class GoogLeNet(nn.Module):
+    """Nine inception modules behind three convolutions, 22 layers deep.
+
+    Input: float images (N, 3, input_size, input_size), BGR, 0..255 minus the mean. Output: logits (N, num_outputs); in
+    training mode with auxiliary classifiers the tuple (logits, logits of the first, of the second). Names of layers
+    are Caffe's, with a dot for the slash: `inception_3a.5x5_reduce`.
+
+    Args:
+        num_outputs: rows of the last layer.
+        input_size: side of the square input in pixels, at least 64.
+        width: multiplies the channels of all convolutions (rounded to a multiple of 4).
+        lrn: False leaves out the two local response normalizations.
+        auxiliary: add the two auxiliary classifiers behind inception 4a and 4d; at 224 px they see 4x4 positions.
+        dropout: probability before the last layer; the auxiliary classifiers drop .7, as Caffe's do.
+    """
+
+    def __init__(
+        self,
+        num_outputs: int = 20,
+        input_size: int = 224,
+        width: float = 1.0,
+        lrn: bool = True,
+        auxiliary: bool = False,
+        dropout: float = 0.4,
+    ):
+        super().__init__()
+        if input_size < 64:
+            raise ValueError(f"GoogLeNet: input_size is {input_size}, but its poolings need at least 64 pixels")
+
+        def scaled(channels: int) -> int:
+            return max(4, 4 * round(width * channels / 4))
+
+        c1, c2, channels = scaled(64), scaled(64), scaled(192)
+        self.conv1 = nn.ModuleDict({"7x7_s2": nn.Conv2d(3, c1, 7, stride=2, padding=3)})
+        self.conv2 = nn.ModuleDict(
+            {"3x3_reduce": nn.Conv2d(c1, c2, 1), "3x3": nn.Conv2d(c2, channels, 3, padding=1)},
+        )
+        self.norm1, self.norm2 = (
+            nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) if lrn else nn.Identity() for _ in range(2)
+        )
+        side = _pooled(_pooled(_pooled((input_size + 1) // 2)))
+        classifiers = {}
+        for name, outputs in INCEPTIONS.items():
+            inception = Inception(channels, *map(scaled, outputs))
+            self.add_module(f"inception_{name}", inception)
+            channels = inception.out_channels
+            if auxiliary and name in ("4a", "4d"):
+                classifiers[f"loss{1 + len(classifiers)}"] = Auxiliary(channels, side, scaled(128), num_outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.loss3 = nn.ModuleDict({"classifier": nn.Linear(channels, num_outputs)})
+        for name, classifier in classifiers.items():
+            self.add_module(name, classifier)
+        self.input_size = input_size
+        self.auxiliary = auxiliary
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        x = F.relu(self.conv1["7x7_s2"](x), inplace=True)
+        x = self.norm1(_pool(x))
+        x = F.relu(self.conv2["3x3_reduce"](x), inplace=True)
+        x = F.relu(self.conv2["3x3"](x), inplace=True)
+        x = _pool(self.norm2(x))
+        x = _pool(self.inception_3b(self.inception_3a(x)))
+        a = self.inception_4a(x)
+        d = self.inception_4d(self.inception_4c(self.inception_4b(a)))
+        x = _pool(self.inception_4e(d))
+        x = self.inception_5b(self.inception_5a(x))
+        x = self.loss3["classifier"](self.dropout(x.mean((2, 3))))
+        return (x, self.loss1(a), self.loss2(d)) if self.auxiliary and self.training else x
+
+
+class Inception(nn.ModuleDict):
+    """Four branches over the same input, concatenated."""
+
+    def __init__(self, channels: int, c1: int, reduce3: int, c3: int, reduce5: int, c5: int, pool: int):
+        super().__init__(
+            {
+                "1x1": nn.Conv2d(channels, c1, 1),
+                "3x3_reduce": nn.Conv2d(channels, reduce3, 1),
+                "3x3": nn.Conv2d(reduce3, c3, 3, padding=1),
+                "5x5_reduce": nn.Conv2d(channels, reduce5, 1),
+                "5x5": nn.Conv2d(reduce5, c5, 5, padding=2),
+                "pool_proj": nn.Conv2d(channels, pool, 1),
+            }
+        )
+        self.out_channels = c1 + c3 + c5 + pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [
+            self["1x1"](x),
+            self["3x3"](F.relu(self["3x3_reduce"](x), inplace=True)),
+            self["5x5"](F.relu(self["5x5_reduce"](x), inplace=True)),
+            self["pool_proj"](F.max_pool2d(x, 3, stride=1, padding=1)),
+        ]
+        return F.relu(torch.cat(branches, 1), inplace=True)
+
+
+class Auxiliary(nn.Module):
+    """A classifier in the middle of the network."""
+
+    def __init__(self, channels: int, side: int, outputs: int, num_outputs: int):
+        super().__init__()
+        side = max(1, -(-(side - 5) // 3) + 1)
+        self.conv = nn.Conv2d(channels, outputs, 1)
+        self.fc = nn.Linear(outputs * side * side, 8 * outputs)
+        self.dropout = nn.Dropout(0.7)
+        self.classifier = nn.Linear(8 * outputs, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(x, min(5, x.shape[-1]), stride=3, ceil_mode=True)
+        x = F.relu(self.conv(x), inplace=True).flatten(1)
+        return self.classifier(self.dropout(F.relu(self.fc(x), inplace=True)))
+
+
+def _pool(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, stride=2, ceil_mode=True)  # Caffe rounds the pooled size up
+
+
+def _pooled(size: int) -> int:
+    """Side of a pooled map."""
+    return -(-(size - 3) // 2) + 1

@@ -1,0 +1,298 @@
+"""The graph of a model: every operation of one forward pass, recorded while it runs, and a way to run it again.
+
+Recording needs no symbolic tracing: it sees what really happens, functional calls and attention included. The model
+runs twice, on two images and on three, so that whatever number grows with the batch is known to do so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from initializers._layers import AffineMode, Call, Layers, input_of
+from initializers._model import InitializationError, outputs_of, tensors_of
+
+SIZES = (2, 3)  # of the recorded batches
+# Their constants can be scaled; a function that such a module calls is attributed to it.
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm, nn.LocalResponseNorm)
+# What a model may ask of a tensor without its values steering what happens next; `__get__` reads a property.
+_METADATA = {
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device"),
+    *("is_contiguous", "is_floating_point", "is_complex", "is_same_size", "type", "data_ptr", "result_type"),
+    *("__len__", "__hash__", "__repr__", "__format__", "__get__", "__set__"),
+}
+
+
+class UngraphableError(InitializationError):
+    """A model that does not do the same for all images."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the graph, in place of a tensor among the arguments of an operation."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number that grows with the batch: `base` for none, and `step` more for each image."""
+
+    base: int
+    step: int
+
+
+@dataclass
+class Operation:
+    """One call of a torch function.
+
+    Attributes:
+        name: of the function; of the property for the getter of one.
+        args, kwargs: with a `Ref` for each tensor and a `Size` for each number that depends on the batch.
+        outputs: values of the tensors that it gives, in order; one of its arguments where it works in place.
+        call: the use of an affine layer that it is.
+        module: the normalisation module which called it.
+    """
+
+    name: str
+    func: Callable
+    args: tuple
+    kwargs: dict
+    outputs: list[int]
+    call: Call | None
+    module: nn.Module | None
+
+    @property
+    def inputs(self) -> list[int]:
+        """Values among the arguments."""
+        found = []
+        _map((self.args, self.kwargs), lambda leaf: found.append(leaf.index) if isinstance(leaf, Ref) else None)
+        return found
+
+
+@dataclass
+class Graph:
+    """What one forward pass did.
+
+    Attributes:
+        layers: the affine layers, by name, in order of execution.
+        operations: in order.
+        constants: tensors that were there before the pass: parameters, buffers, attributes.
+        fixed: tensors of the values that do not depend on the images, the constants among them.
+        shapes: of each value, for `SIZES[0]` images.
+        storages: address of the memory of each value, which views of one tensor share.
+        varying: values that depend on the images.
+        inputs, outputs: values of the model's inputs and of the tensors it returns.
+    """
+
+    layers: Layers
+    operations: list[Operation]
+    constants: dict[int, Tensor]
+    fixed: dict[int, Tensor]
+    shapes: dict[int, torch.Size]
+    storages: dict[int, int]
+    varying: set[int]
+    inputs: list[int]
+    outputs: list[int]
+
+    def aliases(self, value: int) -> list[int]:
+        """Values that change where this one is changed in place, itself among them."""
+        address = self.storages[value]
+        return [other for other, known in self.storages.items() if known == address] if address else [value]
+
+    @cached_property
+    def _dead(self) -> list[list[int]]:
+        """Values that nothing needs after each operation."""
+        last: dict[int, int] = {}
+        for position, operation in enumerate(self.operations):
+            last |= dict.fromkeys(operation.inputs, position)
+            last |= dict.fromkeys(operation.outputs, position + (operation.call is not None))  # `after` sees them
+        dead: list[list[int]] = [[] for _ in range(len(self.operations) + 1)]
+        for value, position in last.items():
+            if value not in self.constants and value not in self.outputs:
+                dead[position].append(value)
+        return dead
+
+    def run(self, inputs: tuple[Tensor, ...], batch: int, before: Callable, after: Callable) -> None:
+        """Run the graph on all images, batch by batch between one affine layer and the next.
+
+        Every value is computed once and kept until its last use, so that what is held is what the network needs at
+        one point, of all images, and the rest of one batch.
+
+        Args:
+            before, after: as in `sweep`.
+        """
+        count = len(inputs[0])
+        environments = [
+            self.constants | dict(zip(self.inputs, (x[first : first + batch].clone() for x in inputs), strict=True))
+            for first in range(0, count, batch)
+        ]
+        sizes = [min(batch, count - first) for first in range(0, count, batch)]
+        seen = set()
+        start = 0
+        for position, operation in enumerate(self.operations):
+            if operation.call is None or operation.call.layer.name in seen:
+                continue
+            seen.add(operation.call.layer.name)
+            for environment, size in zip(environments, sizes, strict=True):
+                for earlier in range(start, position):
+                    self._execute(earlier, environment, size)
+            before(operation.call, [_resolve(input_of(operation.args, operation.kwargs), e, 0) for e in environments])
+            for environment, size in zip(environments, sizes, strict=True):
+                self._execute(position, environment, size)
+            after(operation.call, [environment[operation.outputs[0]] for environment in environments])
+            start = position + 1
+
+    def _execute(self, position: int, environment: dict[int, Tensor], size: int) -> None:
+        operation = self.operations[position]
+        args, kwargs = _map((operation.args, operation.kwargs), lambda leaf: _resolve(leaf, environment, size))
+        results = tensors_of(operation.func(*args, **kwargs))
+        environment.update(zip(operation.outputs, results, strict=True))
+        for value in self._dead[position]:
+            environment.pop(value, None)
+
+
+def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
+    """Record the graph of a model.
+
+    Raises:
+        UngraphableError: what the model does depends on the values of its activations or, other than in sizes, on
+            the number of images.
+    """
+    first, second = (_record(layers, inputs, size) for size in SIZES)
+    if len(first.operations) == len(second.operations):
+        try:
+            for one, other in zip(first.operations, second.operations, strict=True):
+                one.args, one.kwargs = _generalise((one.args, one.kwargs), (other.args, other.kwargs))
+                if one.name == other.name and one.outputs == other.outputs:
+                    continue
+                raise _DifferentError
+            same = first.outputs == second.outputs
+        except _DifferentError:
+            same = False
+        if same and all(_equal(first.constants[i], second.constants.get(i)) for i in first.constants):
+            return first
+    raise UngraphableError("what it does depends on the number of images")
+
+
+def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
+    inputs = tuple(torch.cat([x[:size]] * size)[:size] for x in inputs)
+    recorder = _Recorder(layers)
+    recorder.graph.inputs = [recorder.new(x, varying=True) for x in inputs]
+    norms = [m for m in layers.model.modules() if isinstance(m, NORMS)]
+    hooks = [norm.register_forward_pre_hook(recorder.enter) for norm in norms]
+    hooks += [norm.register_forward_hook(recorder.leave, always_call=True) for norm in norms]
+    try:
+        with torch.no_grad(), recorder:
+            outputs = outputs_of(layers.model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    recorder.graph.fixed = {i: tensor for i, tensor in enumerate(recorder.kept) if i not in recorder.graph.varying}
+    recorder.graph.outputs = [recorder.value(output) for output in outputs]
+    return recorder.graph
+
+
+class _Recorder(AffineMode):
+    def __init__(self, layers: Layers) -> None:
+        super().__init__(layers)
+        self.graph = Graph(layers, [], {}, {}, {}, {}, set(), [], [])
+        self.values: dict[int, int] = {}
+        self.kept: list[Tensor] = []  # alive, so that no two values share an id
+        self.modules: list[nn.Module] = []
+
+    def enter(self, module: nn.Module, _) -> None:
+        self.modules.append(module)
+
+    def leave(self, *_) -> None:
+        self.modules.pop()
+
+    def new(self, tensor: Tensor, varying: bool) -> int:
+        index = len(self.kept)
+        self.kept.append(tensor)
+        self.values[id(tensor)] = index
+        self.graph.shapes[index] = tensor.shape
+        self.graph.storages[index] = tensor.untyped_storage().data_ptr()
+        if varying:
+            self.graph.varying.add(index)
+        return index
+
+    def value(self, tensor: Tensor) -> int:
+        """The value that a tensor is; a constant where nothing recorded made it."""
+        if id(tensor) not in self.values:
+            self.graph.constants[self.new(tensor, varying=False)] = tensor
+        return self.values[id(tensor)]
+
+    def operation(self, func: Callable, args: tuple, kwargs: dict, call: Call | None):
+        name = func.__name__
+        if name == "__iter__":
+            return iter(self.operation(Tensor.unbind, args, kwargs, None))
+        if name == "__get__":
+            name = func.__self__.__name__
+        encoded = _map((args, kwargs), lambda leaf: Ref(self.value(leaf)) if isinstance(leaf, Tensor) else leaf)
+        step = Operation(name, func, *encoded, [], call, self.modules[-1] if self.modules else None)
+        varying = call is not None or any(index in self.graph.varying for index in step.inputs)
+        output = func(*args, **kwargs)
+        tensors = tensors_of(output)
+        if name == "__setitem__":
+            changed = step.inputs[:1]
+        elif tensors:
+            known = [self.values.get(id(tensor)) for tensor in tensors]
+            pairs = zip(tensors, known, strict=True)
+            changed = step.outputs = [self.new(tensor, varying) if i is None else i for tensor, i in pairs]
+        elif output is None or not varying or func.__name__ in _METADATA:
+            return output
+        else:
+            raise UngraphableError(f"what {name} gives decides what the model does next, or leaves torch")
+        if varying:
+            in_place = [self.graph.aliases(index) for index in changed if index in step.inputs]
+            self.graph.varying.update(changed, *in_place)
+        self.graph.operations.append(step)
+        return output
+
+
+def _equal(one: Tensor, other: Tensor | None) -> bool:
+    return one is other or (other is not None and one.shape == other.shape and torch.equal(one, other))
+
+
+class _DifferentError(Exception):
+    pass
+
+
+def _map(tree, function):
+    """Apply a function to the leaves of nested tuples, lists, dictionaries, slices and sizes."""
+    if isinstance(tree, slice):
+        return slice(*(_map(part, function) for part in (tree.start, tree.stop, tree.step)))
+    if isinstance(tree, dict):
+        return {key: _map(value, function) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        parts = [_map(part, function) for part in tree]
+        return parts if isinstance(tree, list) else tuple(parts)
+    return function(tree)
+
+
+def _resolve(leaf, environment: dict[int, Tensor], size: int):
+    if isinstance(leaf, Ref):
+        return environment[leaf.index]
+    return leaf.base + size * leaf.step if isinstance(leaf, Size) else leaf
+
+
+def _generalise(one, other):
+    """What both recordings have in common, with a `Size` for a number that differs."""
+    if isinstance(one, slice) and isinstance(other, slice):
+        parts = zip((one.start, one.stop, one.step), (other.start, other.stop, other.step), strict=True)
+        return slice(*(_generalise(a, b) for a, b in parts))
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return {key: _generalise(value, other[key]) for key, value in one.items()}
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list) and len(one) == len(other):
+        parts = [_generalise(a, b) for a, b in zip(one, other, strict=True)]
+        return parts if isinstance(one, list) else tuple(parts)
+    if type(one) is int and type(other) is int and one != other:
+        step, rest = divmod(other - one, SIZES[1] - SIZES[0])
+        if rest == 0:
+            return Size(one - step * SIZES[0], step)
+    if one is other or one == other or (one != one and other != other):
+        return one
+    raise _DifferentError

@@ -1,0 +1,397 @@
+"""Affine layers as a forward pass uses them: which parameter a convolution or linear map multiplies its input by.
+
+Layers are found by the calls of `linear` and `conv*`, not by the classes of modules: a functional call, the packed
+projection of an attention module and a layer inside another framework's class are seen like any `nn.Linear`.
+"""
+
+import math
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from initializers._model import outputs_of
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+# Names of the functions and of their arguments in order.
+AFFINE = {
+    "linear": ("input", "weight", "bias"),
+    **{f"conv{n}d": _CONV for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _TRANSPOSED for n in (1, 2, 3)},
+}
+PIECE = 500_000  # values of an output centred at a time (2 MB)
+NO_LAYER = "the model has no affine layer (convolution or linear) that runs: there is nothing to initialize"
+MODULES = (nn.Linear, nn.modules.conv._ConvNd)
+
+# `multi_head_attention_forward` hands itself to the active mode before anything else; this copy goes straight on, so
+# that the mode sees the projections within.
+_attention = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
+
+
+class Scaled(nn.Module):
+    """The paper's auxiliary scaling, as a parametrization: the layer computes with `factor` times its parameter."""
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor)
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """The effective weight or bias."""
+        return parameter * self.factor
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """The parameter of which `value` is the effective one."""
+        return value / self.factor
+
+
+@dataclass(eq=False)
+class Layer:
+    """An affine layer.
+
+    Attributes:
+        name: of the module, or of the parameter where it is no module's `weight`.
+        weight: the parameter, or a view of some of its rows.
+        bias: likewise; None where there is none that can be set.
+        groups, transposed: of a convolution.
+        factor: the layer computes with `factor` times its weight and bias (see `Scaled`).
+        computed_bias: the model computes a bias of its own, which cannot be set.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    groups: int = 1
+    transposed: bool = False
+    factor: Tensor | None = None
+    computed_bias: bool = False
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is a linear layer and no convolution."""
+        return self.weight.ndim == 2
+
+    def as_blocks(self, weight: Tensor) -> Tensor:
+        """A tensor shaped like the weight as a view (groups, outputs, inputs, kernel) of each group's matrix."""
+        blocks = weight.view(self.groups, len(weight) // self.groups, weight.shape[1], -1)
+        return blocks.transpose(1, 2) if self.transposed else blocks
+
+    @property
+    def blocks(self) -> Tensor:
+        """The weight as a view (groups, outputs, inputs, kernel)."""
+        return self.as_blocks(self.weight.detach())
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels or features, of all groups."""
+        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels or features."""
+        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+
+    @property
+    def fan_in(self) -> int:
+        """Number of inputs of each output, of one group."""
+        return self.blocks.shape[2] * self.blocks.shape[3]
+
+    def set_weight(self, blocks: Tensor) -> None:
+        """Compute with these weights (groups, outputs, inputs, kernel) from now on, and with no bias."""
+        self.blocks.copy_(blocks if self.factor is None else blocks / self.factor)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def scale_inputs(self, factors: Tensor) -> None:
+        """Multiply the weights of each input channel by `factors` (groups, inputs)."""
+        blocks = self.blocks
+        precise = torch.promote_types(blocks.dtype, torch.float32)
+        blocks.copy_(blocks.to(precise) * factors.to(blocks.device, precise).unsqueeze(1).unsqueeze(3))
+
+    def normalise(self, mean: Tensor, std: Tensor, target: float) -> Tensor:
+        """Make unit variance and mean `target` of outputs with this mean and standard deviation (out_channels,).
+
+        Returns:
+            What is to be added to the outputs divided by `std` to follow; 0 where there is no bias to set.
+        """
+        self.blocks.div_(std.view(self.groups, -1, 1, 1))
+        if self.bias is None:
+            return torch.zeros_like(mean)
+        factor = 1 if self.factor is None else self.factor
+        self.bias.copy_((self.bias * factor - mean) / std / factor + target / factor)
+        return target - mean / std
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        """`values` (out_channels,) shaped to broadcast over an output of the layer."""
+        return values if self.linear else values.view(-1, *[1] * (self.weight.ndim - 2))
+
+
+@dataclass
+class Call:
+    """One use of a layer, with the geometry of a convolution (one number per spatial dimension)."""
+
+    layer: Layer
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()  # before and after
+    dilation: tuple[int, ...] = ()
+
+    def positions(self, sizes: Sequence[int]) -> list[int]:
+        """Spatial size of the output of a convolution, for the spatial size of its input."""
+        kernel = self.layer.weight.shape[2:]
+        each = zip(sizes, self.padding, kernel, self.stride, self.dilation, strict=True)
+        return [
+            (size + sum(padding) - step * (extent - 1) - 1) // stride + 1
+            for size, padding, extent, stride, step in each
+        ]
+
+    def windows(self, x: Tensor) -> Tensor:
+        """What the layer multiplies by its weights: (images, *positions, *kernel, channels), a view.
+
+        For a convolution, of the padded input in channels-last layout, which is a copy; the kernel of a linear layer
+        has no dimensions, and its positions are all dimensions of the input but the first and the last.
+        """
+        if self.layer.linear:
+            return x
+        positions = self.positions(x.shape[2:])
+        x = self._pad(x).movedim(1, -1).contiguous()
+        first, *strides, last = x.stride()
+        moves, steps = self._strides(strides)
+        kernel = self.layer.weight.shape[2:]
+        return x.as_strided((len(x), *positions, *kernel, x.shape[-1]), (first, *moves, *steps, last))
+
+    def columns(self, x: Tensor, positions: Sequence[int]) -> Tensor:
+        """The same as a matrix for each image and group, a copy: (images, groups, channels * kernel, positions)."""
+        x = self._pad(x).contiguous()
+        first, channel, *strides = x.stride()
+        moves, steps = self._strides(strides)
+        kernel = self.layer.weight.shape[2:]
+        windows = x.as_strided((*x.shape[:2], *kernel, *positions), (first, channel, *steps, *moves))
+        return windows.reshape(len(x), self.layer.groups, -1, math.prod(positions))
+
+    def _pad(self, x: Tensor) -> Tensor:
+        sides = [side for pair in reversed(self.padding) for side in pair]
+        return F.pad(x, sides) if any(sides) else x
+
+    def _strides(self, strides: Sequence[int]) -> tuple[list[int], list[int]]:
+        """From one position to the next, and from one element of the kernel to the next, in a padded tensor."""
+        moves = [stride * step for stride, step in zip(strides, self.stride, strict=True)]
+        return moves, [stride * step for stride, step in zip(strides, self.dilation, strict=True)]
+
+
+@dataclass
+class Layers:
+    """The affine layers of a model, found as calls to them are seen."""
+
+    model: nn.Module
+    found: dict[str, Layer] = field(default_factory=dict)  # in order of execution
+
+    @cached_property
+    def _parameters(self) -> dict[int, list[tuple[str, Tensor]]]:
+        found: dict[int, list[tuple[str, Tensor]]] = {}  # by storage, which parameters of one flat vector share
+        for name, parameter in self.model.named_parameters():
+            if parameter.numel():
+                found.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+        return found
+
+    def _owner(self, tensor: Tensor) -> tuple[str | None, Tensor | None]:
+        candidates = self._parameters.get(tensor.untyped_storage().data_ptr(), ())
+        return next((found for found in candidates if overlap(found[1], tensor)), (None, None))
+
+    @cached_property
+    def _factors(self) -> dict[int, Tensor]:
+        return {id(module.factor): module.factor for module in self.model.modules() if isinstance(module, Scaled)}
+
+    def owner(self, tensor: Tensor | None) -> str | None:
+        """Name of the parameter that `tensor` is, or of which it is a view."""
+        return None if tensor is None else self._owner(tensor)[0]
+
+    def is_scaling(self, func: Callable, args: tuple) -> bool:
+        """Whether this is the product that `Scaled` computes, of a parameter and its factor."""
+        return func.__name__ == "mul" and len(args) == 2 and id(args[1]) in self._factors
+
+    def call(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Call | None:
+        """The use of an affine layer that this call of a torch function is; None if it is none.
+
+        Args:
+            sources: by the memory of a tensor that `Scaled` computed: the tensor, its parameter and its factor.
+        """
+        names = AFFINE.get(func.__name__)
+        if names is None:
+            return None
+        given = dict(zip(names, args, strict=False)) | kwargs
+        weight, factor = _source(given["weight"], sources)
+        bias, _ = _source(given.get("bias"), sources)
+        name = self._name(weight)
+        if name is None:
+            return None
+        transposed = func.__name__.startswith("conv_transpose")
+        layer = self.found.get(name)
+        if layer is None:
+            computed = bias is not None and self._rows(bias) is None
+            layer = Layer(
+                name, weight, None if computed else bias, given.get("groups", 1), transposed, factor, computed
+            )
+            self.found[name] = layer
+        elif (layer.groups, layer.transposed) != (given.get("groups", 1), transposed):
+            return None  # a tied weight, which is a layer only as what it was first
+        elif bias is not None and (layer.bias is None or not overlap(bias, layer.bias)) and not layer.computed_bias:
+            return None
+        if layer.linear:
+            return Call(layer)
+        kernel = weight.shape[2:]
+        dilation = _each(given.get("dilation", 1), kernel)
+        padding = given.get("padding", 0)
+        if padding == "same":
+            totals = [step * (extent - 1) for step, extent in zip(dilation, kernel, strict=True)]
+            pairs = tuple((total // 2, total - total // 2) for total in totals)
+        else:
+            pairs = tuple((side, side) for side in _each(0 if padding == "valid" else padding, kernel))
+        return Call(layer, _each(given.get("stride", 1), kernel), pairs, dilation)
+
+    def _rows(self, tensor: Tensor) -> tuple[str, int | None] | None:
+        """The parameter of which a tensor is the whole (None) or the rows from the given number on."""
+        name, parameter = self._owner(tensor)
+        if name is None or tensor.shape[1:] != parameter.shape[1:] or tensor.stride() != parameter.stride():
+            return None
+        if tensor.shape == parameter.shape:
+            return name, None
+        return name, (tensor.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+
+    def _name(self, weight: Tensor) -> str | None:
+        found = self._rows(weight)
+        if found is None:
+            return None
+        name, first = layer_name(found[0]), found[1]
+        return name if first is None else f"{name}[{first}:{first + len(weight)}]"
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have memory in common."""
+    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    ends = []
+    for tensor in (one, other):
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        ends.append((tensor.storage_offset(), tensor.storage_offset() + last))
+    return ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]
+
+
+def layer_name(parameter: str) -> str:
+    """Name of the layer that a parameter, by its full name, is the weight of."""
+    name = parameter.replace("parametrizations.", "").removesuffix(".original")
+    return name.removesuffix("weight").rstrip("._") or name
+
+
+def affine_modules(model: nn.Module) -> Iterator[Layer]:
+    """The affine layers that modules of torch's own classes hold, in order of definition, whether they run or not."""
+    names = {id(parameter): layer_name(name) for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, MODULES):
+            pairs = [(module.weight, module.bias)]
+        elif isinstance(module, nn.MultiheadAttention):
+            if module.in_proj_weight is not None:
+                pairs = [(module.in_proj_weight, module.in_proj_bias)]
+            else:
+                weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+                biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.detach().chunk(3)
+                pairs = list(zip(weights, biases, strict=True))
+        else:
+            continue
+        for weight, bias in pairs:
+            if id(weight) in names:  # not where a parametrization computes it
+                transposed = getattr(module, "transposed", False)
+                yield Layer(names[id(weight)], weight, bias, getattr(module, "groups", 1), transposed)
+
+
+class AffineMode(TorchFunctionMode):
+    """Sees every torch function that runs inside it; `visit` decides what a use of an affine layer gives."""
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        self.layers = layers
+        self.sources: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _attention(*args, **kwargs)
+        call = self.layers.call(func, args, kwargs, self.sources)
+        output = self.operation(func, args, kwargs, call)
+        if self.layers.is_scaling(func, args):
+            self.sources[output.untyped_storage().data_ptr()] = (output, *args)
+        return output
+
+    def operation(self, func: Callable, args: tuple, kwargs: dict, call: Call | None):
+        """Compute `func(*args, **kwargs)`, which is the given use of an affine layer or none."""
+        raise NotImplementedError
+
+
+class _Visitor(AffineMode):
+    def __init__(self, layers: Layers, visit: Callable[[Call, Tensor, Callable[[], Tensor]], Tensor]) -> None:
+        super().__init__(layers)
+        self.visit = visit
+
+    def operation(self, func: Callable, args: tuple, kwargs: dict, call: Call | None):
+        if call is None:
+            return func(*args, **kwargs)
+        return self.visit(call, input_of(args, kwargs), lambda: func(*args, **kwargs))
+
+
+def forward(
+    layers: Layers, inputs: tuple[Tensor, ...], visit: Callable[[Call, Tensor, Callable[[], Tensor]], Tensor]
+) -> list[Tensor]:
+    """One forward pass in which `visit(call, input, compute)` gives the output of each use of an affine layer.
+
+    Returns:
+        What the model returns; see `outputs_of`.
+    """
+    with _Visitor(layers, visit):
+        return outputs_of(layers.model, tuple(x.clone() for x in inputs))  # which a model may change in place
+
+
+def input_of(args: tuple, kwargs: dict):
+    """The input among the arguments of an affine function."""
+    return args[0] if args else kwargs["input"]
+
+
+def channel_statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation of each output channel over images and positions; two (out_channels,)."""
+    positions = 1 if layer.linear else outputs[0][0, 0].numel()
+    parts = [output.detach().reshape(-1, layer.out_channels, positions) for output in outputs]
+    count = sum(part.shape[0] * part.shape[2] for part in parts)
+    # Positions first, as they are contiguous, then images: many times faster than torch.var_mean, and as exact.
+    precise = torch.promote_types(parts[0].dtype, torch.float32)
+    mean = sum(part.to(precise).sum(2).sum(0) for part in parts) / count
+    squares = torch.zeros_like(mean)
+    for part in parts:
+        for piece in part.split(max(1, PIECE // part[0].numel())):  # a copy that fits the cache
+            squares += torch.linalg.vector_norm(piece.to(precise) - mean.unsqueeze(1), dim=2).square().sum(0)
+    return mean, squares.div(count).sqrt()
+
+
+def _source(tensor: Tensor | None, sources: dict) -> tuple[Tensor | None, Tensor | None]:
+    """The parameter, or the part of it, of which `Scaled` computed a tensor, and the factor; or the tensor itself."""
+    found = None if tensor is None else sources.get(tensor.untyped_storage().data_ptr())
+    if found is None or found[0].stride() != found[1].stride():
+        return tensor, None
+    computed, parameter, factor = found
+    if tensor is computed:
+        return parameter, factor
+    offset = parameter.storage_offset() + tensor.storage_offset() - computed.storage_offset()
+    return parameter.as_strided(tensor.shape, tensor.stride(), offset), factor
+
+
+def _each(value: int | tuple[int, ...], kernel: torch.Size) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, tuple | list | torch.Size) else (value,)
+    return values * len(kernel) if len(values) == 1 else values
