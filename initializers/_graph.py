@@ -68,7 +68,7 @@ class Operation:
     def inputs(self) -> list[int]:
         """Values among the arguments."""
         found = []
-        _map((self.args, self.kwargs), lambda leaf: found.append(leaf.index) if isinstance(leaf, Ref) else None)
+        map_tree((self.args, self.kwargs), lambda leaf: found.append(leaf.index) if isinstance(leaf, Ref) else None)
         return found
 
 
@@ -139,7 +139,7 @@ class Graph:
             for environment, size in zip(environments, sizes, strict=True):
                 for earlier in range(start, position):
                     self._execute(earlier, environment, size)
-            before(operation.call, [_resolve(input_of(operation.args, operation.kwargs), e, 0) for e in environments])
+            before(operation.call, [resolve(input_of(operation.args, operation.kwargs), e, 0) for e in environments])
             for environment, size in zip(environments, sizes, strict=True):
                 self._execute(position, environment, size)
             after(operation.call, [environment[operation.outputs[0]] for environment in environments])
@@ -147,7 +147,7 @@ class Graph:
 
     def _execute(self, position: int, environment: dict[int, Tensor], size: int) -> None:
         operation = self.operations[position]
-        args, kwargs = _map((operation.args, operation.kwargs), lambda leaf: _resolve(leaf, environment, size))
+        args, kwargs = map_tree((operation.args, operation.kwargs), lambda leaf: resolve(leaf, environment, size))
         results = tensors_of(operation.func(*args, **kwargs))
         environment.update(zip(operation.outputs, results, strict=True))
         for value in self._dead[position]:
@@ -231,7 +231,7 @@ class _Recorder(AffineMode):
             return iter(self.operation(Tensor.unbind, args, kwargs, None))
         if name == "__get__":
             name = func.__self__.__name__
-        encoded = _map((args, kwargs), lambda leaf: Ref(self.value(leaf)) if isinstance(leaf, Tensor) else leaf)
+        encoded = map_tree((args, kwargs), lambda leaf: Ref(self.value(leaf)) if isinstance(leaf, Tensor) else leaf)
         step = Operation(name, func, *encoded, [], call, self.modules[-1] if self.modules else None)
         varying = call is not None or any(index in self.graph.varying for index in step.inputs)
         output = func(*args, **kwargs)
@@ -261,19 +261,19 @@ class _DifferentError(Exception):
     pass
 
 
-def _map(tree, function):
+def map_tree(tree, function):
     """Apply a function to the leaves of nested tuples, lists, dictionaries, slices and sizes."""
     if isinstance(tree, slice):
-        return slice(*(_map(part, function) for part in (tree.start, tree.stop, tree.step)))
+        return slice(*(map_tree(part, function) for part in (tree.start, tree.stop, tree.step)))
     if isinstance(tree, dict):
-        return {key: _map(value, function) for key, value in tree.items()}
+        return {key: map_tree(value, function) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        parts = [_map(part, function) for part in tree]
+        parts = [map_tree(part, function) for part in tree]
         return parts if isinstance(tree, list) else tuple(parts)
     return function(tree)
 
 
-def _resolve(leaf, environment: dict[int, Tensor], size: int):
+def resolve(leaf, environment: dict[int, Tensor], size: int):
     if isinstance(leaf, Ref):
         return environment[leaf.index]
     return leaf.base + size * leaf.step if isinstance(leaf, Size) else leaf

@@ -14,7 +14,8 @@ from initializers._layers import NO_LAYER, Call, Layer, Layers, Scaled, channel_
 from initializers._model import InitializationError, as_inputs, outputs_of, snapshot, unchanged_on_error, unwrapped
 from initializers._rates import Measurement, measure
 from initializers._report import LayerReport, Report
-from initializers._scales import Scales, trace_scales
+from initializers._scales import Scales
+from initializers._trace import trace_scales
 
 METHODS = ("balance", "paper")
 NONHOMOGENEOUS = ("pin", "scale")

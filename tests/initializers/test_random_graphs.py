@@ -13,7 +13,7 @@ from torch import nn
 from initializers import InitializationError, change_rate, initialize, rescale
 from initializers._graph import record
 from initializers._layers import Layers
-from initializers._scales import trace_scales
+from initializers._trace import trace_scales
 
 SIZE = 5  # of the images
 

@@ -15,7 +15,8 @@ from initializers import InitializationError, initialize, rescale
 from initializers._graph import record
 from initializers._initialize import _measured
 from initializers._layers import Layers
-from initializers._scales import Norm, _scale_norm, trace_scales
+from initializers._scales import Norm, _scale_norm
+from initializers._trace import trace_scales
 
 
 class Parts(nn.Module):

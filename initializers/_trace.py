@@ -1,0 +1,477 @@
+"""How a change of scale travels through the operations of a graph.
+
+Homogeneous operations hand the scale on, operations that move elements (views, concatenation, channel shuffles) move
+it along, additions force what they add to one scale, normalisations absorb it and emit one of their own, and
+everything else pins it.
+
+An element's scale is written as a label: the number of a free variable, 0 where it is pinned, -1 where the element is
+zero, which any scale fits. Labels are tensors shaped like the values (for two images), so that the operations which
+move elements are applied to the labels as they are to the values. Equal scales are linear constraints between
+variables.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from initializers._graph import SIZES, Graph, Operation, Ref, map_tree, resolve
+from initializers._layers import input_of, overlap
+from initializers._model import InitializationError, tensors_of
+from initializers._scales import PINNED, Norm, Scales, Use
+
+ZERO = -1  # the label of what is zero
+
+# Operations by the name of their function; methods, operators and in-place variants share it.
+_MOVING = {
+    *("view", "reshape", "flatten", "unflatten", "ravel", "permute", "transpose", "swapaxes", "swapdims", "movedim"),
+    *("moveaxis", "t", "T", "mT", "adjoint", "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "repeat"),
+    *("tile", "repeat_interleave", "view_as", "reshape_as", "chunk", "split", "split_with_sizes", "tensor_split"),
+    *("unbind", "select", "narrow", "__getitem__", "index_select", "roll", "flip", "rot90", "cat", "concat"),
+    *("concatenate", "stack", "hstack", "vstack", "dstack", "unfold", "pixel_shuffle", "pixel_unshuffle"),
+    *("channel_shuffle", "native_channel_shuffle", "atleast_2d", "diagonal"),
+}
+_HOMOGENEOUS = {
+    *("relu", "leaky_relu", "prelu", "abs", "neg", "positive", "dropout", "dropout1d", "dropout2d", "dropout3d"),
+    *("feature_dropout", "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type_as"),
+    *("data", "cpu", "cuda", "requires_grad", "alias", "rrelu"),
+}
+_POOLING = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
+_POOLING |= {"interpolate", "upsample", "lp_pool1d", "lp_pool2d"}
+_REDUCING = {"mean", "sum", "amax", "amin"}
+_ADDING = {"add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin"}
+_MULTIPLYING = {"mul", "multiply", "div", "divide", "true_divide"}
+_NORMALISING = {"layer_norm", "group_norm", "instance_norm", "rms_norm"}
+_OPERATORS = {
+    f"__{prefix}{operator}__": operator for operator in ("add", "sub", "mul", "matmul") for prefix in ("", "i", "r")
+} | {"__truediv__": "div", "__itruediv__": "div", "__neg__": "neg"}
+
+
+def trace_scales(graph: Graph, lrn: str) -> Scales:
+    """The scales of a graph.
+
+    Args:
+        lrn: "estimate" leaves local response normalisations as they are, "exact" scales their constants.
+    """
+    return _Tracer(graph, lrn).trace()
+
+
+class _Tracer:
+    """Follows the labels through the operations of a graph."""
+
+    def __init__(self, graph: Graph, lrn: str) -> None:
+        self.graph = graph
+        self.exact_lrn = lrn == "exact"
+        self.scales = Scales()
+        self.labels: dict[int, Tensor] = {}
+        self.uses: dict[str, Use] = {}
+        self.norms: dict[tuple[int, ...], Norm] = {}  # by what they scale
+        found = graph.layers.found.values()
+        self.affine = {graph.layers.owner(tensor) for layer in found for tensor in (layer.weight, layer.bias)} - {None}
+        self.lrns: dict[int, int] = {}
+        self.computed: dict[int, Tensor] = {}  # parameters by the memory of what `Scaled` computes of them
+        self.others: dict[int, list[Tensor]] = {}  # by memory, what is used in a way that no rule scales
+        self.rules = {
+            **dict.fromkeys(_MOVING | {"pad"}, self._move),
+            **dict.fromkeys(_HOMOGENEOUS, self._carry),
+            **dict.fromkeys(_POOLING, self._pool),
+            **dict.fromkeys(_REDUCING, self._reduce),
+            **dict.fromkeys(_ADDING, self._add),
+            **dict.fromkeys(_MULTIPLYING, self._multiply),
+            **dict.fromkeys(("matmul", "bmm"), self._matmul),
+            **dict.fromkeys(_NORMALISING, self._normalise),
+            **dict.fromkeys(("clamp", "clamp_min"), self._clamp),
+            "copy": lambda operation: [self._of(operation.args[1]).expand(self._shape(operation))],
+            "scaled_dot_product_attention": self._attention,
+            "batch_norm": self._batch_norm,
+            "local_response_norm": self._lrn,
+            "__setitem__": self._set,
+        }
+
+    def trace(self) -> Scales:
+        for operation in self.graph.operations:
+            name = _canonical(operation.name)
+            self._note_others(operation, name)
+            if operation.call is None and not any(map(self._is_followed, operation.inputs)):
+                continue
+            try:
+                outputs = self._apply(operation, name)
+            except (RuntimeError, TypeError, IndexError, ValueError) as error:
+                message = f"the between-layer step cannot follow {operation.name} ({error}); pass between=False"
+                raise InitializationError(message) from error
+            for index, labels in zip(operation.outputs, outputs, strict=True):
+                if index in operation.inputs and labels.shape == self._of(Ref(index)).shape:  # in place
+                    self._overwrite(index, labels)
+                else:
+                    self.labels[index] = _compact(labels)
+        for index in self.graph.outputs:
+            self._pin(self._of(Ref(index)))
+        self._respect_other_uses()
+        return self.scales
+
+    def _apply(self, operation: Operation, name: str) -> list[Tensor]:
+        """Labels of the outputs."""
+        if operation.call is not None:
+            return self._affine(operation)
+        rule = self.rules.get(name)
+        outputs = None if rule is None or not operation.args else rule(operation)
+        return self._unknown(operation) if outputs is None else outputs
+
+    # What rules are made of.
+
+    def _shape(self, operation: Operation) -> torch.Size:
+        return self.graph.shapes[operation.outputs[0]]
+
+    def _of(self, leaf) -> Tensor:
+        """Labels of an argument: of a value or of a number."""
+        if not isinstance(leaf, Ref):
+            return _full(PINNED if leaf else ZERO, ())
+        if leaf.index not in self.labels:
+            label = PINNED
+            if self._is_leaf(leaf.index):
+                label = self.scales.new()
+                self.scales.leaves.append((self._parameter(leaf), label))
+            self.labels[leaf.index] = _full(label, self.graph.shapes[leaf.index])
+        return self.labels[leaf.index]
+
+    def _is_leaf(self, index: int) -> bool:
+        """Whether a value is a parameter of its own, which may take any scale."""
+        parameter = self._parameter(Ref(index))
+        return parameter is not None and self.graph.layers.owner(parameter) not in self.affine
+
+    def _is_followed(self, index: int) -> bool:
+        return index in self.graph.varying or index in self.labels or self._is_leaf(index)
+
+    def _varies(self, leaf) -> bool:
+        return isinstance(leaf, Ref) and leaf.index in self.graph.varying
+
+    def _parameter(self, leaf) -> Tensor | None:
+        """The whole parameter that an argument is."""
+        tensor = self.graph.constants.get(leaf.index) if isinstance(leaf, Ref) else None
+        return tensor if isinstance(tensor, nn.Parameter) else None
+
+    def _pin(self, labels: Tensor) -> None:
+        for label in labels.unique().tolist():
+            self.scales.constrain((int(label), 1))
+
+    def _merge(self, one: Tensor, other: Tensor) -> Tensor:
+        """Force two values to the same scales, element by element; their common labels."""
+        one, other = torch.broadcast_tensors(one, other)
+        merged = torch.where(one == ZERO, other, one)
+        for dimension in range(one.ndim):
+            if one.stride(dimension) == other.stride(dimension) == 0:
+                one, other = one.narrow(dimension, 0, 1), other.narrow(dimension, 0, 1)
+        differ = (one != other) & (one != ZERO) & (other != ZERO)
+        for a, b in torch.stack([one[differ], other[differ]]).unique(dim=1).T.int().tolist():
+            self.scales.constrain((a, 1), (b, -1))
+            if self.scales.measured.keys() & {a, b}:  # a measured scale is never exactly another
+                self.scales.constrain((a, 1))
+        return merged
+
+    def _uniform(self, labels: Tensor, dimensions) -> Tensor:
+        """Force a value to one scale along some dimensions, which are kept with size 1."""
+        dimensions = tuple(dimensions)
+        if not dimensions:
+            return labels
+        first = labels.amax(dimensions, keepdim=True)
+        self._merge(first, labels)
+        return first
+
+    def _overwrite(self, index: int, labels: Tensor) -> None:
+        """Change a value in place; what was zero is so no longer, in all that shares its memory."""
+        if ((self._of(Ref(index)) == ZERO) & (labels != ZERO)).any():
+            for alias in self.graph.aliases(index):
+                if alias in self.labels:
+                    self.labels[alias] = torch.where(self.labels[alias] == ZERO, PINNED, self.labels[alias])
+        self.labels[index] = _compact(self._merge(labels, self._of(Ref(index))))
+
+    # Rules: the labels of an operation's outputs, or None where they do not apply.
+
+    def _unknown(self, operation: Operation) -> list[Tensor]:
+        for index in operation.inputs:
+            self._pin(self._of(Ref(index)))
+        return [_full(PINNED, self.graph.shapes[index]) for index in operation.outputs]
+
+    def _carry(self, operation: Operation) -> list[Tensor] | None:
+        if not isinstance(operation.args[0], Ref):
+            return None
+        for index in operation.inputs[1:]:  # the slopes of PReLU
+            self._pin(self._of(Ref(index)))
+        return [self._of(operation.args[0])]
+
+    def _move(self, operation: Operation) -> list[Tensor] | None:
+        """The operation itself, on the labels; shifted, so that zeros which it fills in are the label of zero."""
+        data = {operation.args[0].index} if isinstance(operation.args[0], Ref) else set(operation.inputs)
+        if operation.name == "pad" and not self._pads_with_zeros(operation):
+            return None
+        indices = [index for index in operation.inputs if index not in data]
+        shapes_only = operation.name in ("expand_as", "view_as", "reshape_as")
+        if not shapes_only and any(index in self.graph.varying for index in indices):
+            return None
+
+        def labels(leaf):
+            if not isinstance(leaf, Ref):
+                return resolve(leaf, {}, SIZES[0])
+            if leaf.index in data or shapes_only:
+                return self._of(leaf) + 1
+            return self.graph.fixed[leaf.index].cpu()
+
+        args, kwargs = map_tree((operation.args, operation.kwargs), labels)
+        # Labels that are expanded have other strides than the values, so that a view of them may need a copy.
+        func = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}.get(operation.name, operation.func)
+        return [moved - 1 for moved in tensors_of(func(*args, **kwargs))]
+
+    def _pads_with_zeros(self, operation: Operation) -> bool:
+        mode, value = _given(operation, ("input", "pad", "mode", "value"), ("mode", "value"))
+        return mode not in (None, "constant") or not value
+
+    def _pool(self, operation: Operation) -> list[Tensor]:
+        labels = self._of(operation.args[0])
+        digits = [int(letter) for letter in operation.name if letter.isdigit()]
+        spatial = range(labels.ndim - digits[0] if digits else 2, labels.ndim)
+        return [self._uniform(labels, spatial).expand(self._shape(operation))]
+
+    def _reduce(self, operation: Operation) -> list[Tensor]:
+        labels, shape = self._of(operation.args[0]), self._shape(operation)
+        (dimensions,) = _given(operation, ("input", "dim"), ("dim",))
+        if dimensions is None:
+            dimensions = range(labels.ndim)
+        dimensions = [dimensions] if isinstance(dimensions, int) else list(dimensions)
+        labels = self._uniform(labels, dimensions)
+        return [(labels if labels.ndim == len(shape) else labels.squeeze(tuple(dimensions))).expand(shape)]
+
+    def _add(self, operation: Operation) -> list[Tensor]:
+        one, other = _given(operation, ("input", "other"), ("input", "other"))
+        return [self._merge(self._of(one), self._of(other)).expand(self._shape(operation))]
+
+    def _multiply(self, operation: Operation) -> list[Tensor] | None:
+        one, other = _given(operation, ("input", "other"), ("input", "other"))
+        divides = _canonical(operation.name).startswith(("div", "true"))
+        if "rounding_mode" in operation.kwargs or (divides and self._varies(other)):
+            return None
+        for x, gain in ((one, other), (other, one)):
+            parameter = self._parameter(gain)
+            if parameter is not None and self._varies(x) and not divides:
+                return self._gain(operation, x, parameter)
+        labels, factor = self._of(one), self._of(other)
+        if not (factor == PINNED).all():
+            labels, factor = factor, labels
+        if not (factor == PINNED).all() and isinstance(one, Ref) and isinstance(other, Ref):
+            return None
+        return [labels.expand(self._shape(operation))]
+
+    def _gain(self, operation: Operation, x, parameter: Tensor) -> list[Tensor]:
+        """A parameter that multiplies a value element by element absorbs one scale and emits another."""
+        labels, shape = self._of(x), self._shape(operation)
+        labels = labels.expand(shape)
+        sizes = [1] * (len(shape) - parameter.ndim) + list(parameter.shape)
+        incoming = self._uniform(labels, [d for d, size in enumerate(sizes) if size == 1 and shape[d] > 1])
+        output = self.scales.new()
+        self._pin_measured(incoming)
+        self.scales.gains.append((parameter, incoming.expand(sizes).reshape(parameter.shape).long(), output))
+        return [_full(output, shape)]
+
+    def _pin_measured(self, labels: Tensor) -> None:
+        for label in labels.unique().int().tolist():
+            if label in self.scales.measured:
+                self.scales.constrain((label, 1))
+
+    def _matmul(self, operation: Operation) -> list[Tensor] | None:
+        one, other = (self._of(leaf) for leaf in operation.args[:2])
+        if (one == PINNED).all() and one.ndim > 1 and other.ndim > 1:
+            return [self._uniform(other, (-2,)).expand(self._shape(operation))]
+        if (other == PINNED).all() and one.ndim > 1 and other.ndim > 1:
+            return [self._uniform(one, (-1,)).expand(self._shape(operation))]
+        return None
+
+    def _attention(self, operation: Operation) -> list[Tensor] | None:
+        names = ("query", "key", "value", "attn_mask")
+        query, key, value, mask = _given(operation, names, names)
+        if self.graph.shapes[value.index][:-2] != self._shape(operation)[:-2]:
+            return None
+        for leaf in (query, key, mask):
+            if isinstance(leaf, Ref):
+                self._pin(self._of(leaf))
+        return [self._uniform(self._of(value), (-2,)).expand(self._shape(operation))]
+
+    def _clamp(self, operation: Operation) -> list[Tensor] | None:
+        low, high = _given(operation, ("input", "min", "max"), ("min", "max"))
+        return [self._of(operation.args[0])] if low == 0 and type(low) in (int, float) and high is None else None
+
+    def _set(self, operation: Operation) -> list[Tensor] | None:
+        target, where, value = operation.args
+        found = []
+        map_tree(where, lambda leaf: found.append(leaf) if isinstance(leaf, Ref) else None)
+        if any(map(self._varies, found)):
+            return None
+        index = map_tree(where, lambda leaf: resolve(leaf, self.graph.fixed, SIZES[0]))
+        labels = torch.zeros(self.graph.shapes[target.index]) + ZERO
+        labels[index] = self._of(value)
+        self._overwrite(target.index, labels)
+        return []
+
+    def _affine(self, operation: Operation) -> list[Tensor]:
+        layer = operation.call.layer
+        labels = self._of(input_of(operation.args, operation.kwargs))
+        channel = labels.ndim - 1 if layer.linear else labels.ndim - layer.weight.ndim + 1
+        vector = self._uniform(labels, [d for d in range(labels.ndim) if d != channel]).flatten().long().clamp_min(0)
+        output = PINNED if layer.computed_bias else self.scales.new()
+        use = Use(layer, vector.view(layer.groups, -1), output)
+        first = self.uses.setdefault(layer.name, use)
+        if first is use:
+            self.scales.uses.append(use)
+        else:  # the same weights and bias: the same factors
+            if layer.bias is not None:
+                self.scales.constrain((first.output, 1), (output, -1))
+            pairs = torch.stack([vector, first.incoming.flatten()])
+            self._pin_measured(pairs)
+            for label, other in pairs.unique(dim=1).T.tolist():
+                self.scales.constrain((output, 1), (label, -1), (first.output, -1), (other, 1))
+        return [_full(output, self._shape(operation))]
+
+    def _batch_norm(self, operation: Operation) -> list[Tensor] | None:
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        x, mean, variance, weight, bias, training, eps = _given(operation, names, (*names[:6], names[7]))
+        statistics = [self.graph.constants.get(leaf.index) for leaf in (mean, variance) if isinstance(leaf, Ref)]
+        if operation.func is not F.batch_norm or training or len(statistics) < 2 or None in statistics:
+            return None
+        labels = self._of(x)
+        incoming = self._uniform(labels, [d for d in range(labels.ndim) if d != 1]).flatten().long().clamp_min(0)
+        self._pin_measured(incoming)
+        parameters = self._parameters(weight, bias)
+        if parameters is None:
+            return None
+        eps = 1e-5 if eps is None else eps  # the default of the function
+        norm = Norm(incoming, 0, *parameters, mean=statistics[0], variance=statistics[1], eps=eps)
+        return self._emit(operation, norm)
+
+    def _normalise(self, operation: Operation) -> list[Tensor] | None:
+        """Normalisation by the input's own statistics, of which eps is one constant for the whole module."""
+        weight, bias, running = _given(operation, _NORM_ARGUMENTS[operation.name], ("weight", "bias", "running_mean"))
+        parameters = self._parameters(weight, bias)
+        if parameters is None or running is not None:
+            return None
+        labels = self._of(operation.args[0])
+        incoming = self._uniform(labels, range(labels.ndim)).flatten().long().clamp_min(0)
+        self._pin_measured(incoming)
+        module = operation.module
+        if module is None or getattr(module, "weight", None) is not parameters[0] or module.eps is None:
+            self._pin(incoming)
+            module = None
+        return self._emit(operation, Norm(incoming, 0, *parameters, module=module))
+
+    def _parameters(self, weight, bias) -> tuple[Tensor | None, Tensor | None] | None:
+        """Weight and bias of a normalisation; None where they are not parameters."""
+        found = self._parameter(weight), self._parameter(bias)
+        return None if (weight is not None and found[0] is None) or (bias is not None and found[1] is None) else found
+
+    def _emit(self, operation: Operation, norm: Norm) -> list[Tensor]:
+        parts = (norm.weight, norm.bias, norm.module, norm.mean, norm.variance)
+        known = self.norms.setdefault(tuple(map(id, parts)), norm)
+        if known is norm:
+            norm.output = self.scales.new() if norm.weight is not None else PINNED
+            self.scales.norms.append(norm)
+        else:  # the same parameters: the same scales
+            self._merge(norm.incoming.float(), known.incoming.float())
+            norm = known
+        return [_full(norm.output, self._shape(operation))]
+
+    def _lrn(self, operation: Operation) -> list[Tensor] | None:
+        labels = self._of(operation.args[0])
+        label = int(self._uniform(labels, range(labels.ndim)).item())
+        if label <= 0:
+            return None
+        if not self.exact_lrn:
+            output = self.scales.new()
+            self.scales.measured[output] = label
+            return [_full(output, self._shape(operation))]
+        module = operation.module
+        if not isinstance(module, nn.LocalResponseNorm):
+            return None
+        first = self.lrns.setdefault(id(module), label)
+        if first == label:
+            self.scales.lrns.append((module, label))
+        self.scales.constrain((first, 1), (label, -1))
+        return [labels]
+
+    # Parameters that something else uses as well.
+
+    def _note_others(self, operation: Operation, name: str) -> None:
+        """Note uses of parameters of affine layers, and of buffers, other than as what they are."""
+        if operation.call is not None:
+            return
+        fixed, owner = self.graph.fixed, self.graph.layers.owner
+        tensors = [fixed[index] for index in operation.inputs if index in fixed]
+        if self.graph.layers.is_scaling(operation.func, tuple(tensors)):
+            self.computed[_memory(fixed[operation.outputs[0]])] = tensors[0]
+            return
+        outputs = {_memory(fixed[index]) if index in fixed else None for index in operation.outputs}
+        normalises = name in _NORMALISING | {"batch_norm"}
+        for tensor in tensors:
+            view, tensor = outputs == {_memory(tensor)}, self.computed.get(_memory(tensor), tensor)
+            parameter = owner(tensor)
+            if not view and (parameter in self.affine or (parameter is None and not normalises)):
+                self.others.setdefault(_memory(tensor), []).append(tensor)
+
+    def _respect_other_uses(self) -> None:
+        """Leave alone what two would scale, and what is used in a way that scales nothing."""
+        scaled: dict[int, list[tuple[Tensor, set[tuple[int, int]]]]] = {}  # by memory; with labels that go out and in
+
+        def scales(tensor: Tensor | None, output: int, *incoming: int) -> None:
+            if tensor is not None:
+                pairs = {(output, label) for label in incoming or (PINNED,)}
+                scaled.setdefault(_memory(tensor), []).append((tensor, pairs))
+
+        for use in self.scales.uses:
+            scales(use.layer.weight, use.output, *use.incoming.flatten().tolist())
+            scales(use.layer.bias, use.output)
+        for norm in self.scales.norms:
+            for tensor in (norm.weight, norm.bias, norm.mean, norm.variance):
+                scales(tensor, norm.output, PINNED, *norm.incoming.tolist())
+        for parameter, label in self.scales.leaves:
+            scales(parameter, label)
+        for parameter, incoming, output in self.scales.gains:
+            scales(parameter, output, *incoming.flatten().tolist())
+        for memory, group in scaled.items():
+            others = self.others.get(memory, [])
+            for tensor, pairs in group:
+                if sum(overlap(tensor, other) for other in [*others, *(other for other, _ in group)]) > 1:
+                    for output, label in pairs:
+                        self.scales.constrain((output, 1), (label, -1))
+
+
+_NORM_ARGUMENTS = {
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+    "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
+    "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+    "rms_norm": ("input", "normalized_shape", "weight", "eps"),
+}
+
+
+def _canonical(name: str) -> str:
+    """The operation that a function, a method, an operator and its in-place variant have in common."""
+    name = _OPERATORS.get(name, name)
+    return name if name.startswith("_") else name.removesuffix("_")
+
+
+def _given(operation: Operation, names: tuple[str, ...], wanted: tuple[str, ...]) -> list:
+    """Arguments by name; None where they are not given."""
+    given = dict(zip(names, operation.args, strict=False)) | operation.kwargs
+    return [given.get(name) for name in wanted]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _full(label: int, shape) -> Tensor:
+    return torch.tensor(float(label)).expand(shape)
+
+
+def _compact(labels: Tensor) -> Tensor:
+    """The same labels, without memory for dimensions along which they are the same."""
+    shape = labels.shape
+    for dimension in range(labels.ndim):
+        head = labels.narrow(dimension, 0, min(1, labels.shape[dimension]))
+        if labels.stride(dimension) == 0 or bool((labels == head).all()):
+            labels = head
+    return labels.expand(shape)
