@@ -351,9 +351,8 @@ def _equalise(
         spread = last.rates.spread
         if method == "balance" and (exact or spread < SETTLED or spread > 0.99 * before):
             break
-    tolerance = max(EXACT, 16 * torch.finfo(inputs[0].dtype).eps)
     report.output_change = change(last)
-    if exact and not report.output_change < tolerance:
+    if exact and not report.output_change < _tolerance(inputs):
         # The network amplifies the rounding of its weights: powers of two leave every bit of a product as it is.
         restore()
         report.powers_of_two = True
@@ -362,7 +361,16 @@ def _equalise(
         report.output_change = change(last)
     report.lrn = "estimate" if scales.measured else "exact" if scales.lrns else None
     _report_rates(report, first, last, factors)
-    if exact and not report.output_change < tolerance:
+    if exact:
+        _check_exact(report, inputs)
+
+
+def _tolerance(inputs: tuple[Tensor, ...]) -> float:
+    return max(EXACT, 16 * torch.finfo(inputs[0].dtype).eps)
+
+
+def _check_exact(report: Report, inputs: tuple[Tensor, ...]) -> None:
+    if not report.output_change < _tolerance(inputs):
         raise InitializationError(
             f"the between-layer step changed the output by {report.output_change:.1e}, as a part of the model cannot "
             "be seen or is too sensitive to rounding; pass between=False"
@@ -375,48 +383,66 @@ def _scale(layers: Layers, inputs: tuple[Tensor, ...], seed: int, report: Report
     Returns:
         The layers, whose parameters are others now.
     """
-    inputs = _some(inputs, RATE_IMAGES)
-    first = _measured(layers, inputs, seed)
-    logs: dict[str, list[float]] = {}  # several layers may be rows of one parameter
-    for name, rate in first.rates.mean.items():
-        logs.setdefault(layers.owner(first.layers[name].weight), []).append(math.log(rate))
-    centre = sum(math.log(rate) for rate in first.rates.mean.values()) / len(first.layers)
+    checked, inputs = _some(inputs, CHECK_IMAGES), _some(inputs, RATE_IMAGES)
+    first, outputs = _measured(layers, inputs, seed), _outputs(layers, checked)
+    logs = {name: math.log(rate) for name, rate in first.rates.mean.items()}
+    centre = sum(logs.values()) / len(logs)
+    exponents = {name: (rate - centre) / 2 / math.log(2) for name, rate in logs.items()}
+    model, restore, rows = layers.model, snapshot(layers.model), _rows(layers, first)
     added: list[tuple[nn.Module, str]] = []
-    factors = {}
-    try:
-        with torch.no_grad():
-            for name, layer in first.layers.items():
-                owner = layers.owner(layer.weight)
-                factors[name] = math.exp((sum(logs[owner]) / len(logs[owner]) - centre) / 2)
-            done = set()
-            for name, layer in first.layers.items():
-                for owner in (layers.owner(layer.weight), layers.owner(layer.bias)):
-                    if owner is not None and owner not in done:
-                        done.add(owner)
-                        added += _insert_scaling(layers.model, owner, factors[name])
-        layers = Layers(layers.model)
-        last = _measured(layers, inputs, seed)
-        report.rounds = 1
-        report.output_change = _change(first.outputs, last.outputs)
-        _report_rates(report, first, last, factors)
-    except BaseException:
+
+    def remove() -> None:
         for module, name in added:
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        added.clear()
+
+    try:
+        for report.powers_of_two in (False, True):
+            if report.powers_of_two:  # the network amplifies the rounding of its weights
+                remove()
+                restore()
+                exponents = {name: round(exponent) for name, exponent in exponents.items()}
+            factors = {name: 2.0**exponent for name, exponent in exponents.items()}
+            for owner, names in rows.items():
+                added += _insert_scaling(model, owner, torch.tensor([factors[name] for name in names]))
+            report.output_change = _change(outputs, _outputs(layers, checked))
+            if report.output_change < _tolerance(inputs):
+                break
+        _check_exact(report, inputs)
+        scaled = Layers(model)
+        last = _measured(scaled, inputs, seed)
+        report.rounds = 1
+        _report_rates(report, first, last, factors)
+    except BaseException:
+        remove()
         raise
-    return layers
+    return scaled
 
 
-def _insert_scaling(model: nn.Module, parameter: str, factor: float) -> list[tuple[nn.Module, str]]:
-    """Store `factor` times a parameter and divide by it where the layer computes; what was parametrized anew."""
+def _rows(layers: Layers, measurement: Measurement) -> dict[str, list[str]]:
+    """The layer of each row of each parameter; several layers may be rows of one."""
+    rows: dict[str, list[str]] = {}
+    for name, layer in measurement.layers.items():
+        for part in (layer.weight, layer.bias):
+            owner = layers.owner(part)
+            if owner is not None:
+                whole = layers.model.get_parameter(owner)
+                start = (part.storage_offset() - whole.storage_offset()) // whole.stride(0)
+                rows.setdefault(owner, [name] * len(whole))[start : start + len(part)] = [name] * len(part)
+    return rows
+
+
+@torch.no_grad()
+def _insert_scaling(model: nn.Module, parameter: str, factor: Tensor) -> list[tuple[nn.Module, str]]:
+    """Store `factor` (rows,) times a parameter and divide by it where the layer computes; what is parametrized anew."""
     path, _, name = parameter.rpartition(".")
-    module = model.get_submodule(path)
+    module, tensor = model.get_submodule(path), model.get_parameter(parameter)
+    factor = factor.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
     if isinstance(module, parametrize.ParametrizationList):  # there is a scaling already
         module.original.mul_(factor)
         module[0].factor.div_(factor)
         return []
-    tensor = getattr(module, name)
-    buffer = torch.tensor(1 / factor, device=tensor.device, dtype=tensor.dtype)
-    parametrize.register_parametrization(module, name, Scaled(buffer))
+    parametrize.register_parametrization(module, name, Scaled(1 / factor))
     return [(module, name)]
 
 

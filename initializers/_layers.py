@@ -40,7 +40,10 @@ _attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
 class Scaled(nn.Module):
-    """The paper's auxiliary scaling, as a parametrization: the layer computes with `factor` times its parameter."""
+    """The paper's auxiliary scaling, as a parametrization: the layer computes with `factor` times its parameter.
+
+    The factor has a value for each row, as the rows of a packed projection may be several layers.
+    """
 
     def __init__(self, factor: Tensor) -> None:
         super().__init__()
@@ -381,15 +384,16 @@ def channel_statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Ten
 
 
 def _source(tensor: Tensor | None, sources: dict) -> tuple[Tensor | None, Tensor | None]:
-    """The parameter, or the part of it, of which `Scaled` computed a tensor, and the factor; or the tensor itself."""
+    """The parameter, or the rows of it, of which `Scaled` computed a tensor, and their factor; or the tensor itself."""
     found = None if tensor is None else sources.get(tensor.untyped_storage().data_ptr())
     if found is None or found[0].stride() != found[1].stride():
         return tensor, None
     computed, parameter, factor = found
+    offset = tensor.storage_offset() - computed.storage_offset()
+    factor = factor.flatten()[offset // max(1, computed.stride(0))]
     if tensor is computed:
         return parameter, factor
-    offset = parameter.storage_offset() + tensor.storage_offset() - computed.storage_offset()
-    return parameter.as_strided(tensor.shape, tensor.stride(), offset), factor
+    return parameter.as_strided(tensor.shape, tensor.stride(), parameter.storage_offset() + offset), factor
 
 
 def _each(value: int | tuple[int, ...], kernel: torch.Size) -> tuple[int, ...]:

@@ -224,8 +224,7 @@ def _column_squares(layer: Layer, uses: list[tuple[Call, Tensor, Tensor]], image
             else _weight_gradients(call, x[part].float(), gradient[part].float(), len(x[part]))
             for call, x, gradient in uses
         )  # (images, groups, outputs, inputs * kernel)
-        norms = torch.linalg.vector_norm(weights, dim=(0, 2))
-        total += norms.square().view(groups, width, kernel).sum(2).double().cpu()
+        total += weights.square_().sum((0, 2)).view(groups, width, kernel).sum(2).double().cpu()
     return total / (outputs * kernel)
 
 

@@ -51,7 +51,7 @@ class Report:
         kept: parameters of two or more dimensions that are no weights of an affine layer which ran: not initialized.
         lrn: what the between-layer step did about local response normalisation: "estimate", "exact" or None.
         powers_of_two: whether the scales were rounded to powers of two, because the network amplifies the rounding of
-            its weights so much that its output would have changed otherwise; the rates are then equal up to 4.
+            its weights so much that its output would have changed otherwise; the rates are then less equal.
         output_change: relative change of the model's output by the between-layer step, in norm.
         seconds: time for everything.
     """

@@ -1,4 +1,4 @@
-"""Write results/tables/ from the records in results/runs/ and the published numbers in results/paper/.
+"""Write results/tables/ from the records in results/runs/, the published numbers in results/paper/, and results/bench/.
 
 python scripts/make_tables.py
 """
@@ -33,10 +33,46 @@ paper's authors compute it (scikit-learn). The VOC 2007 11-point AP of the same 
 higher. An empty cell has not been measured, or was not published.
 """
 
+FAMILIES = """\
+# The networks of torchvision
+
+Written by `python scripts/make_tables.py` from `results/bench/families.json`, which `python scripts/bench_families.py`
+writes: do not edit.
+
+The between-layer step after the within-layer step, on images of VOC 2007: the spread of the change rates, largest over
+smallest, before and after, as the range over the networks of a family; 1 is equal. Where parts that are not homogeneous
+hold layers fast, a spread is left, which `nonhomogeneous="scale"` removes. The change of the output is that of the
+network of the family which changes most, in norm relative to the output, on all images; in brackets what rounding alone
+does to its output (float32 against float64).
+"""
+# Family -> the beginnings of its networks' names, and what is particular about it.
+FAMILY_NAMES = {
+    "AlexNet": (("alexnet",), ""),
+    "VGG": (("vgg",), ""),
+    "ResNet, ResNeXt, Wide ResNet": (("resnet", "resnext", "wide_resnet"), ""),
+    "DenseNet": (("densenet",), "rates are equalised through concatenations, by blocks of channels"),
+    "GoogLeNet": (("googlenet",), "auxiliary outputs run in training mode only: not initialized"),
+    "Inception v3": (("inception",), "auxiliary output as in GoogLeNet"),
+    "SqueezeNet": (("squeezenet",), ""),
+    "MobileNetV2, MNASNet": (("mobilenet_v2", "mnasnet"), ""),
+    "MobileNetV3": (("mobilenet_v3",), "gates and the hard swish of the classifier hold their layers"),
+    "ShuffleNetV2": (("shufflenet",), ""),
+    "RegNet X": (("regnet_x",), ""),
+    "RegNet Y": (("regnet_y",), "the sigmoid of a gate holds its scale"),
+    "EfficientNet, V2": (("efficientnet",), "the SiLU and the sigmoid of a gate hold its layers"),
+    "ConvNeXt": (("convnext",), "the layer scale takes up what GELU holds"),
+    "ViT": (("vit",), "GELU; the residual stream has one scale"),
+    "Swin, V2": (("swin",), "GELU; the residual stream has one scale; V2 computes some biases"),
+    "MaxViT": (("maxvit",), "GELU, gates, and the residual stream"),
+}
+MEASURES = ("images", "size", "parameters", "layers", "spread_before", "spread_after", "log_variance_before")
+MEASURES += ("log_variance_after", "output_change", "output_change_all_images", "rounding", "powers_of_two")
+MEASURES += ("spread_after_scaling", "output_change_scaling", "noted_layers", "fallbacks", "seconds")
+
 
 def main() -> None:
     try:
-        tables = make_tables(RESULTS / "runs", RESULTS / "paper")
+        tables = make_tables(RESULTS / "runs", RESULTS / "paper", RESULTS / "bench" / "families.json")
         for name, text in tables.items():
             write_text(RESULTS / "tables" / name, text)
             print(RESULTS / "tables" / name)
@@ -44,13 +80,18 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
-def make_tables(runs: Path, paper: Path) -> dict[str, str]:
+def make_tables(runs: Path, paper: Path, families: Path | None = None) -> dict[str, str]:
     """File name -> text of every table, from the records (*.json) anywhere under `runs`.
+
+    The table of the networks of torchvision is made where `families` is there.
 
     Raises:
         ValueError: a file that is no result record, or records that cannot be averaged; both are named.
     """
-    return table2(read_records(runs, "voc_cls"), paper)
+    tables = table2(read_records(runs, "voc_cls"), paper)
+    if families is not None and families.exists():
+        tables |= families_table(families)
+    return tables
 
 
 def read_records(runs: Path, experiment: str) -> pd.DataFrame:
@@ -103,6 +144,61 @@ def table2(records: pd.DataFrame, paper: Path) -> dict[str, str]:
         parts.append(rows.reset_index().assign(preset=protocol))
     csv = pd.concat(parts).to_csv(index=False, float_format="%.2f", lineterminator="\n")
     return {"table2.md": "\n".join(texts), "table2.csv": csv}
+
+
+def families_table(path: Path) -> dict[str, str]:
+    """The networks of torchvision, a row per family, and as CSV a row per network and kind of filters.
+
+    Raises:
+        ValueError: a file that `scripts/bench_families.py` did not write, or a network of no family.
+    """
+    try:
+        record = json.loads(path.read_text())
+        rows = [
+            network | measured | measured["deviation"] | {"network": name, "family": family(name), "filters": filters}
+            for name, network in record["networks"].items()
+            for filters, measured in network["filters"].items()
+        ]
+        about = [f"data: {record['data']}", f"device: {record['device']}, {record['threads']} threads"]
+        about.append("versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
+        table = pd.DataFrame(rows).rename(columns={"std": "std_deviation", "mean": "mean_deviation"})
+        columns = ["family", "network", "filters", *MEASURES, "std_deviation", "mean_deviation"]
+        csv = table[columns].to_csv(index=False, float_format="%.4g", lineterminator="\n")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no record of networks ({error!r}): repair it or remove it") from error
+    filters = sorted(set(table["filters"]))
+    lines = [
+        ["family", "networks", *filters, *(f'{kind}, `"scale"`' for kind in filters), "change of the output", "note"]
+    ]
+    lines.append(["---", "---:", *["---:"] * (2 * len(filters)), "---:", "---"])
+    for name, (_, note) in FAMILY_NAMES.items():
+        rows = table[table["family"] == name]
+        if len(rows):
+            kinds = [rows[rows["filters"] == kind] for kind in filters]
+            worst = rows.loc[rows["output_change_all_images"].idxmax()]
+            change = f"{worst['output_change_all_images']:.0e} ({worst['rounding']:.0e})"
+            steps = [f"{extent(kind['spread_before'])} → {extent(kind['spread_after'])}" for kind in kinds]
+            scaled = [extent(kind["spread_after_scaling"].fillna(kind["spread_after"])) for kind in kinds]
+            lines.append([name, str(rows["network"].nunique()), *steps, *scaled, change, note])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return {"families.md": f"{FAMILIES}\n{text}\n" + "".join(f"- {line}\n" for line in about), "families.csv": csv}
+
+
+def family(network: str) -> str:
+    """The family of a network of torchvision."""
+    found = [name for name, (starts, _) in FAMILY_NAMES.items() if network.startswith(starts)]
+    if len(found) != 1:
+        raise ValueError(f"{network} is of no family, or of several")
+    return found[0]
+
+
+def extent(values: pd.Series) -> str:
+    """The range of some numbers, to two digits."""
+    ends = [
+        f"{value:.1e}" if value >= 1e4 else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+        for value in (values.min(), values.max())
+    ]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
 def by_protocol(records: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -318,4 +318,74 @@ def test_the_command_writes_the_tables_or_says_what_is_wrong(runs, monkeypatch, 
 def test_the_committed_tables_are_made_from_the_committed_records():
     results: Path = make_tables.RESULTS
     committed = {path.name: path.read_text() for path in (results / "tables").iterdir()}
-    assert committed == make(results / "runs"), "run `python scripts/make_tables.py`"
+    tables = make_tables.make_tables(results / "runs", PAPER, results / "bench" / "families.json")
+    assert committed == tables, "run `python scripts/make_tables.py`"
+
+
+MEASURED = {
+    **dict.fromkeys(make_tables.MEASURES, 1),
+    "deviation": {"std": 1e-6, "mean": 2e-6, "mean_without_bias": 0.0, "uncentred": 0},
+    "spread_after_scaling": None,
+    "output_change_scaling": None,
+}
+
+
+@pytest.fixture
+def families(tmp_path):
+    """A file of networks, and a function which adds one with its measures by kind of filters."""
+    record = {
+        "versions": {"torch": "2.14.1"},
+        "device": "a CPU",
+        "threads": 2,
+        "data": "VOC 2007 train",
+        "networks": {},
+    }
+    path = tmp_path / "families.json"
+
+    def add(name, **filters):
+        kinds = {kind: MEASURED | changes for kind, changes in filters.items()}
+        record["networks"][name] = {"size": 64, "parameters": 10, "images": 32, "filters": kinds}
+        path.write_text(json.dumps(record))
+
+    return path, add
+
+
+def test_a_row_of_a_family_is_the_range_over_its_networks(families):
+    path, add = families
+    change = {"output_change_all_images": 3e-5, "rounding": 2e-5}
+    add("vit_b_16", kmeans={"spread_before": 61.2, "spread_after": 5.14, "spread_after_scaling": 1.0004} | change)
+    add("vit_l_32", kmeans={"spread_before": 123456, "spread_after": 2.0, "spread_after_scaling": 1.04})
+    add("vgg11", kmeans={"spread_before": 12.0, "spread_after": 1.001})
+    tables = make_tables.families_table(path)
+    row = next(line for line in tables["families.md"].splitlines() if line.startswith("| ViT"))
+    assert row.startswith("| ViT | 2 | 61 to 1.2e+05 → 2.0 to 5.1 | 1.0 | 1e+00 (1e+00) |")
+    assert "| VGG | 1 | 12 → 1.0 | 1.0 |" in tables["families.md"]
+    assert "- device: a CPU, 2 threads\n" in tables["families.md"]
+    (tables_path := path.with_suffix(".csv")).write_text(tables["families.csv"])
+    rows = pd.read_csv(tables_path).set_index(["network", "filters"])
+    assert rows.loc[("vit_b_16", "kmeans"), ["family", "spread_before", "std_deviation"]].tolist() == [
+        "ViT",
+        61.2,
+        1e-6,
+    ]
+
+
+def test_the_change_of_a_family_is_that_of_the_network_which_changes_most(families):
+    path, add = families
+    for name, change in {"resnet18": 1e-6, "resnext50_32x4d": 3e-5, "wide_resnet50_2": 2e-5}.items():
+        add(name, gaussian={"output_change_all_images": change, "rounding": change / 2})
+    text = make_tables.families_table(path)["families.md"]
+    assert "| ResNet, ResNeXt, Wide ResNet | 3 | 1.0 → 1.0 | 1.0 | 3e-05 (2e-05) |" in text
+
+
+def test_every_network_of_torchvision_has_one_family():
+    models = pytest.importorskip("torchvision.models")
+    assert {make_tables.family(name) for name in models.list_models(module=models)} == {*make_tables.FAMILY_NAMES}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"networks": {"vgg11": {}}}', '{"networks": {}}'])
+def test_a_file_that_is_no_record_of_networks_is_an_error_that_names_it(tmp_path, content):
+    path = tmp_path / "families.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        make_tables.families_table(path)

@@ -1,0 +1,222 @@
+"""Initialize every classification network of torchvision on real images, and record what became of it.
+
+    python scripts/bench_families.py                        # all 80; hours on two CPU cores
+    python scripts/bench_families.py resnet50 vit_b_16      # some
+
+Needs VOC 2007: set VOC_ROOT, or have data/VOCdevkit. Writes results/bench/families.json after each network; those that
+are in it already are skipped, unless --force is given. A network that fails is left out, and named at the end.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+import initializers
+from experiments.data.voc import read_split
+from experiments.engine.run import device_name, versions, write_json
+from initializers._layers import Call, Layers, forward
+
+OUT = Path(__file__).resolve().parents[1] / "results" / "bench" / "families.json"
+SEED = 0
+CENTRED = 0.05  # a mean below this counts as one that was made 0
+BIAS = 0.1  # mean of the outputs that `initialize` aims at
+IMAGES = 32
+FEW = 16  # images for networks of more than LARGE parameters, and for those that need large images
+LARGE = 150_000_000
+SIZES = {"inception": 96, "vit": 224, "maxvit": 224}  # pixels; the smallest that the network takes, or about that
+SIZE = 64
+FILTERS = ("gaussian", "kmeans")
+# A spread above this is one that parts which are not homogeneous keep up; nonhomogeneous="scale" is tried then.
+PINNED_SPREAD = 1.5
+
+
+def build(name: str) -> nn.Module:
+    """A network of torchvision with random weights, as its constructor makes it, in evaluation mode."""
+    torch.manual_seed(SEED)
+    # Drawing truncated normals takes these two a minute, for weights that are replaced.
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, **options).eval()
+
+
+def image_size(name: str) -> int:
+    """Pixels of the side of the images for a network."""
+    return next((size for start, size in SIZES.items() if name.startswith(start)), SIZE)
+
+
+def load_images(count: int, size: int) -> Tensor:
+    """Images of VOC 2007's train split, evenly spread over it, normalised as for ImageNet: (count, 3, size, size)."""
+    paths = read_split(os.environ.get("VOC_ROOT", "data/VOCdevkit"), "train").image_paths
+    images = []
+    for path in paths[:: len(paths) // count][:count]:
+        image = TF.resize(Image.open(path).convert("RGB"), [size])
+        images.append(TF.to_image(TF.center_crop(image, [size, size])))
+    return TF.normalize(torch.stack(images).float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@torch.no_grad()
+def channel_statistics(model: nn.Module, images: Tensor) -> dict[str, tuple[bool, Tensor, Tensor]]:
+    """Of the first use of each layer: has it a bias to set, and mean and standard deviation of its output channels."""
+    found = {}
+
+    def visit(call: Call, _: Tensor, compute) -> Tensor:
+        output = compute()
+        layer = call.layer
+        if layer.name not in found:
+            values = output.movedim(-1 if layer.linear else -(layer.weight.ndim - 1), 0).flatten(1)
+            pieces = [values[i].double() for i in range(len(values))]
+            mean = torch.stack([piece.mean() for piece in pieces])
+            std = torch.stack([piece.std(correction=0) for piece in pieces])
+            found[layer.name] = layer.bias is not None and not layer.computed_bias, mean, std
+        return output
+
+    forward(Layers(model), (images,), visit)
+    return found
+
+
+def deviations(report: initializers.Report, measured: dict[str, tuple[bool, Tensor, Tensor]]) -> dict[str, float]:
+    """How far the layers are from unit deviation and from the mean: BIAS, or 0 where there is no bias to set.
+
+    Channels that do not vary, which the report notes, are not counted. Without a bias, a layer whose input hardly
+    varies but along its mean cannot be centred: such channels are counted, as `uncentred`.
+    """
+    dead = {layer.name for layer in report.layers if "do not vary" in layer.note}
+    found = {"std": 0.0, "mean": 0.0, "mean_without_bias": 0.0, "uncentred": 0}
+    for name, (biased, mean, std) in measured.items():
+        alive = (std > 0.5) | torch.tensor(name not in dead)
+        mean, std = mean[alive], std[alive]
+        found["std"] = max(found["std"], (std - 1).abs().max().item())
+        if biased:
+            found["mean"] = max(found["mean"], (mean - BIAS).abs().max().item())
+        else:
+            centred = mean.abs() < CENTRED
+            found["uncentred"] += int((~centred).sum())
+            found["mean_without_bias"] = max(found["mean_without_bias"], (mean * centred).abs().max().item())
+    return found
+
+
+def log_variance(rates: list[float]) -> float:
+    """Variance of the logarithms."""
+    return torch.tensor(rates).double().log().var(correction=0).item()
+
+
+def measure(name: str, model: nn.Module, images: Tensor, filters: str) -> dict:
+    """Initialize a network and give all that is recorded about it.
+
+    In two calls, to look at the network between the steps: they are what one call of `initialize` does.
+    """
+    within = initializers.initialize(model, images, filters, between=False, seed=SEED)
+    deviation = deviations(within, channel_statistics(model, images))
+    before = outputs(model, images)
+    exact = outputs(model.double(), images.double())
+    model.float()  # which gives back the same bits
+    between = initializers.rescale(model, images, seed=SEED)
+    rates = [(layer.rate_before, layer.rate_after) for layer in between.layers]
+    row = {
+        "layers": len(between.layers),
+        "spread_before": between.spread_before,
+        "spread_after": between.spread_after,
+        "log_variance_before": log_variance([rate for rate, _ in rates]),
+        "log_variance_after": log_variance([rate for _, rate in rates]),
+        "output_change": between.output_change,
+        "output_change_all_images": relative_change(before, outputs(model, images)),
+        "rounding": relative_change(exact, before.double()),  # of the network itself: float32 against float64
+        "powers_of_two": between.powers_of_two,
+        "seconds": within.seconds + between.seconds,
+        "deviation": deviation,
+        "noted_layers": sum(bool(layer.note) for layer in within.layers),
+        "fallbacks": sum(layer.note.startswith("Gaussian filters") for layer in within.layers),
+        "kept": within.kept,
+        "spread_after_scaling": None,
+        "output_change_scaling": None,
+    }
+    if between.spread_after > PINNED_SPREAD:
+        scaled = initializers.rescale(model, images, seed=SEED, nonhomogeneous="scale")
+        row |= {"spread_after_scaling": scaled.spread_after, "output_change_scaling": scaled.output_change}
+    return row
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """Of all images, in batches."""
+    return torch.cat([model(batch) for batch in images.split(16)])
+
+
+def relative_change(before: Tensor, after: Tensor) -> float:
+    """In norm."""
+    return ((after - before).norm() / before.norm()).item()
+
+
+def summary(row: dict) -> str:
+    """What is recorded, in a line."""
+    deviation = row["deviation"]
+    numbers = {
+        "layers": f"{row['layers']}",
+        "spread": f"{row['spread_before']:.4g} -> {row['spread_after']:.4g}",
+        "log variance": f"{row['log_variance_before']:.3g} -> {row['log_variance_after']:.3g}",
+        "change": f"{row['output_change']:.1e} (all {row['output_change_all_images']:.1e})",
+        "rounding": f"{row['rounding']:.1e}" + ", powers of two" * row["powers_of_two"],
+        "std": f"{deviation['std']:.1e}",
+        "mean": f"{deviation['mean']:.1e} {deviation['mean_without_bias']:.1e} ({deviation['uncentred']} not)",
+        "scaled": f"{row['spread_after_scaling']}",
+    }
+    return "; ".join(f"{name} {value}" for name, value in numbers.items()) + f"; {row['seconds']:.1f} s"
+
+
+def bench(name: str) -> dict:
+    """The record of one network."""
+    record = {"size": image_size(name), "filters": {}}
+    for filters in FILTERS:
+        model = build(name)
+        record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        record["images"] = FEW if record["parameters"] > LARGE or record["size"] > 100 else IMAGES
+        record["filters"][filters] = measure(name, model, load_images(record["images"], record["size"]), filters)
+        print(f"{name:20} {filters:8} {summary(record['filters'][filters])}", flush=True)
+        del model
+        gc.collect()
+    return record
+
+
+def main() -> None:
+    names = torchvision.models.list_models(module=torchvision.models)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("networks", nargs="*", metavar="network", help="of torchvision.models; all where none is given")
+    parser.add_argument("--force", action="store_true", help="do those again that are recorded already")
+    arguments = parser.parse_args()
+    if unknown := sorted({*arguments.networks} - {*names}):
+        parser.error(f"no classification network of torchvision: {', '.join(unknown)}")
+
+    about = {"versions": versions(), "device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+    about |= {"data": "VOC 2007 train", "seed": SEED}
+    known = json.loads(OUT.read_text()) if OUT.exists() else {}
+    networks = known.get("networks", {})
+    if known and known["versions"] != about["versions"] and not arguments.force:
+        sys.exit(f"error: {OUT} is of other versions ({known['versions']}): pass --force, or move it away")
+    failed = []
+    for name in arguments.networks or names:
+        if name in networks and not arguments.force:
+            continue
+        try:
+            networks[name] = bench(name)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        OUT.parent.mkdir(parents=True, exist_ok=True)
+        write_json(OUT, about | {"networks": {name: networks[name] for name in names if name in networks}})
+    print(OUT)
+    if failed:
+        sys.exit(f"error: failed, and not recorded: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
