@@ -174,7 +174,7 @@ def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
             same = False
         if same and all(_equal(first.constants[i], second.constants.get(i)) for i in first.constants):
             return first
-    raise UngraphableError("what it does depends on the number of images")
+    raise UngraphableError("what it does depends on the number of images, or a part of it cannot be seen")
 
 
 def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:

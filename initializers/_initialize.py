@@ -268,6 +268,7 @@ def _some(inputs: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def _outputs(layers: Layers, inputs: tuple[Tensor, ...]) -> Tensor:
     """All outputs of the model, one row per image."""
+    torch.manual_seed(0)  # for models that draw random numbers even in evaluation mode
     batches = zip(*(x.split(BATCH) for x in inputs), strict=True)
     rows = []
     for batch in batches:
@@ -284,6 +285,7 @@ def _measured(
     Raises:
         InitializationError: they overflow, or a layer does not learn at all.
     """
+    torch.manual_seed(seed)  # for models that draw random numbers even in evaluation mode
     measurement = measure(layers, inputs, seed, before=before, draws=draws)
     mean = measurement.rates.mean
     if not torch.isfinite(measurement.outputs).all() or math.inf in mean.values():

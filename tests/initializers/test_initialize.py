@@ -611,3 +611,19 @@ def test_models_that_run_on_several_devices_or_compiled(images):
     assert_same(state(expected), state(model))
     initialize(torch.compile(compiled), images)  # which compiles nothing
     assert_same(state(expected), state(compiled))
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in evaluation mode as well."""
+
+    def forward(self, x):
+        return x * (1 + 0.3 * torch.rand(x.shape[1], 1, 1))
+
+
+def test_a_model_may_draw_random_numbers(images):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), Noisy(), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.LazyLinear(5))
+    torch.manual_seed(0)
+    model(images)
+    report = initialize(model, images)
+    assert report.spread_after < 1.001
+    assert report.output_change < 1e-5
