@@ -58,7 +58,7 @@ FAMILY_NAMES = {
     "MobileNetV3": (("mobilenet_v3",), "gates and the hard swish of the classifier hold their layers"),
     "ShuffleNetV2": (("shufflenet",), ""),
     "RegNet X": (("regnet_x",), ""),
-    "RegNet Y": (("regnet_y",), "the sigmoid of a gate holds its scale"),
+    "RegNet Y": (("regnet_y",), "amplifies rounding, so that scales may be powers of two"),
     "EfficientNet, V2": (("efficientnet",), "the SiLU and the sigmoid of a gate hold its layers"),
     "ConvNeXt": (("convnext",), "the layer scale takes up what GELU holds"),
     "ViT": (("vit",), "GELU; the residual stream has one scale"),

@@ -83,3 +83,9 @@ def test_ratios_are_those_of_the_benchmarks(name):
     assert stated
     for what, value in stated.items():
         assert value == f"{ratios[what]:.2f}"
+
+
+def test_families_are_those_of_the_table():
+    rows = [row for row in (ROOT / "results/tables/families.md").read_text().splitlines() if row.startswith("| ")]
+    assert len(rows) > 10
+    assert all(row in README for row in rows)
