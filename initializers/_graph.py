@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from initializers._layers import AffineMode, Call, Layers, input_of
+from initializers._layers import AffineMode, Call, Layers, input_of, memory
 from initializers._model import InitializationError, outputs_of, tensors_of
 
 SIZES = (2, 3)  # of the recorded batches
@@ -23,6 +23,9 @@ _METADATA = {
     *("is_contiguous", "is_floating_point", "is_complex", "is_same_size", "type", "data_ptr", "result_type"),
     *("__len__", "__hash__", "__repr__", "__format__", "__get__", "__set__"),
 }
+
+
+_DIFFERENT = "what it does depends on the number of images, or a part of it cannot be seen"
 
 
 class UngraphableError(InitializationError):
@@ -162,19 +165,13 @@ def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
             the number of images.
     """
     first, second = (_record(layers, inputs, size) for size in SIZES)
-    if len(first.operations) == len(second.operations):
-        try:
-            for one, other in zip(first.operations, second.operations, strict=True):
-                one.args, one.kwargs = _generalise((one.args, one.kwargs), (other.args, other.kwargs))
-                if one.name == other.name and one.outputs == other.outputs:
-                    continue
-                raise _DifferentError
-            same = first.outputs == second.outputs
-        except _DifferentError:
-            same = False
-        if same and all(_equal(first.constants[i], second.constants.get(i)) for i in first.constants):
-            return first
-    raise UngraphableError("what it does depends on the number of images, or a part of it cannot be seen")
+    plans = [[(step.name, step.outputs) for step in graph.operations] for graph in (first, second)]
+    same = plans[0] == plans[1] and first.outputs == second.outputs
+    if not (same and all(_equal(tensor, second.constants.get(index)) for index, tensor in first.constants.items())):
+        raise UngraphableError(_DIFFERENT)
+    for one, other in zip(first.operations, second.operations, strict=True):
+        one.args, one.kwargs = _generalise((one.args, one.kwargs), (other.args, other.kwargs))
+    return first
 
 
 def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
@@ -214,7 +211,7 @@ class _Recorder(AffineMode):
         self.kept.append(tensor)
         self.values[id(tensor)] = index
         self.graph.shapes[index] = tensor.shape
-        self.graph.storages[index] = tensor.untyped_storage().data_ptr()
+        self.graph.storages[index] = memory(tensor)
         if varying:
             self.graph.varying.add(index)
         return index
@@ -257,10 +254,6 @@ def _equal(one: Tensor, other: Tensor | None) -> bool:
     return one is other or (other is not None and one.shape == other.shape and torch.equal(one, other))
 
 
-class _DifferentError(Exception):
-    pass
-
-
 def map_tree(tree, function):
     """Apply a function to the leaves of nested tuples, lists, dictionaries, slices and sizes."""
     if isinstance(tree, slice):
@@ -280,7 +273,11 @@ def resolve(leaf, environment: dict[int, Tensor], size: int):
 
 
 def _generalise(one, other):
-    """What both recordings have in common, with a `Size` for a number that differs."""
+    """What both recordings have in common, with a `Size` for a number that differs.
+
+    Raises:
+        UngraphableError: they differ in more than that.
+    """
     if isinstance(one, slice) and isinstance(other, slice):
         parts = zip((one.start, one.stop, one.step), (other.start, other.stop, other.step), strict=True)
         return slice(*(_generalise(a, b) for a, b in parts))
@@ -295,4 +292,4 @@ def _generalise(one, other):
             return Size(one - step * SIZES[0], step)
     if one is other or one == other or (one != one and other != other):
         return one
-    raise _DifferentError
+    raise UngraphableError(_DIFFERENT)

@@ -285,7 +285,6 @@ def _measured(
     Raises:
         InitializationError: they overflow, or a layer does not learn at all.
     """
-    torch.manual_seed(seed)  # for models that draw random numbers even in evaluation mode
     measurement = measure(layers, inputs, seed, before=before, draws=draws)
     mean = measurement.rates.mean
     if not torch.isfinite(measurement.outputs).all() or math.inf in mean.values():
@@ -390,7 +389,7 @@ def _scale(layers: Layers, inputs: tuple[Tensor, ...], seed: int, report: Report
     logs = {name: math.log(rate) for name, rate in first.rates.mean.items()}
     centre = sum(logs.values()) / len(logs)
     exponents = {name: (rate - centre) / 2 / math.log(2) for name, rate in logs.items()}
-    model, restore, rows = layers.model, snapshot(layers.model), _rows(layers, first)
+    model, restore, rows = layers.model, snapshot(layers.model), _layers_of_rows(layers, first)
     added: list[tuple[nn.Module, str]] = []
 
     def remove() -> None:
@@ -399,10 +398,11 @@ def _scale(layers: Layers, inputs: tuple[Tensor, ...], seed: int, report: Report
         added.clear()
 
     try:
-        for report.powers_of_two in (False, True):
-            if report.powers_of_two:  # the network amplifies the rounding of its weights
+        for rounded in (False, True):
+            if rounded:  # the network amplifies the rounding of its weights
                 remove()
                 restore()
+                report.powers_of_two = True
                 exponents = {name: round(exponent) for name, exponent in exponents.items()}
             factors = {name: 2.0**exponent for name, exponent in exponents.items()}
             for owner, names in rows.items():
@@ -421,16 +421,15 @@ def _scale(layers: Layers, inputs: tuple[Tensor, ...], seed: int, report: Report
     return scaled
 
 
-def _rows(layers: Layers, measurement: Measurement) -> dict[str, list[str]]:
+def _layers_of_rows(layers: Layers, measurement: Measurement) -> dict[str, list[str]]:
     """The layer of each row of each parameter; several layers may be rows of one."""
     rows: dict[str, list[str]] = {}
     for name, layer in measurement.layers.items():
         for part in (layer.weight, layer.bias):
-            owner = layers.owner(part)
-            if owner is not None:
-                whole = layers.model.get_parameter(owner)
-                start = (part.storage_offset() - whole.storage_offset()) // whole.stride(0)
-                rows.setdefault(owner, [name] * len(whole))[start : start + len(part)] = [name] * len(part)
+            if part is not None:
+                owner, start = layers.rows(part)
+                names = rows.setdefault(owner, [name] * len(layers.model.get_parameter(owner)))
+                names[start or 0 : (start or 0) + len(part)] = [name] * len(part)
     return rows
 
 

@@ -197,17 +197,18 @@ class Layers:
 
     model: nn.Module
     found: dict[str, Layer] = field(default_factory=dict)  # in order of execution
+    per_image: bool | None = None  # whether the rows of all inputs are the images; found when rates are measured
 
     @cached_property
     def _parameters(self) -> dict[int, list[tuple[str, Tensor]]]:
         found: dict[int, list[tuple[str, Tensor]]] = {}  # by storage, which parameters of one flat vector share
         for name, parameter in self.model.named_parameters():
             if parameter.numel():
-                found.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+                found.setdefault(memory(parameter), []).append((name, parameter))
         return found
 
     def _owner(self, tensor: Tensor) -> tuple[str | None, Tensor | None]:
-        candidates = self._parameters.get(tensor.untyped_storage().data_ptr(), ())
+        candidates = self._parameters.get(memory(tensor), ())
         return next((found for found in candidates if overlap(found[1], tensor)), (None, None))
 
     @cached_property
@@ -240,7 +241,7 @@ class Layers:
         transposed = func.__name__.startswith("conv_transpose")
         layer = self.found.get(name)
         if layer is None:
-            computed = bias is not None and self._rows(bias) is None
+            computed = bias is not None and self.rows(bias) is None
             layer = Layer(
                 name, weight, None if computed else bias, given.get("groups", 1), transposed, factor, computed
             )
@@ -261,7 +262,7 @@ class Layers:
             pairs = tuple((side, side) for side in _each(0 if padding == "valid" else padding, kernel))
         return Call(layer, _each(given.get("stride", 1), kernel), pairs, dilation)
 
-    def _rows(self, tensor: Tensor) -> tuple[str, int | None] | None:
+    def rows(self, tensor: Tensor) -> tuple[str, int | None] | None:
         """The parameter of which a tensor is the whole (None) or the rows from the given number on."""
         name, parameter = self._owner(tensor)
         if name is None or tensor.shape[1:] != parameter.shape[1:] or tensor.stride() != parameter.stride():
@@ -271,16 +272,21 @@ class Layers:
         return name, (tensor.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
 
     def _name(self, weight: Tensor) -> str | None:
-        found = self._rows(weight)
+        found = self.rows(weight)
         if found is None:
             return None
         name, first = layer_name(found[0]), found[1]
         return name if first is None else f"{name}[{first}:{first + len(weight)}]"
 
 
+def memory(tensor: Tensor) -> int:
+    """Address of a tensor's memory, which its views share."""
+    return tensor.untyped_storage().data_ptr()
+
+
 def overlap(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have memory in common."""
-    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+    if memory(one) != memory(other):
         return False
     ends = []
     for tensor in (one, other):
@@ -332,7 +338,7 @@ class AffineMode(TorchFunctionMode):
         call = self.layers.call(func, args, kwargs, self.sources)
         output = self.operation(func, args, kwargs, call)
         if self.layers.is_scaling(func, args):
-            self.sources[output.untyped_storage().data_ptr()] = (output, *args)
+            self.sources[memory(output)] = (output, *args)
         return output
 
     def operation(self, func: Callable, args: tuple, kwargs: dict, call: Call | None):
@@ -385,7 +391,7 @@ def channel_statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Ten
 
 def _source(tensor: Tensor | None, sources: dict) -> tuple[Tensor | None, Tensor | None]:
     """The parameter, or the rows of it, of which `Scaled` computed a tensor, and their factor; or the tensor itself."""
-    found = None if tensor is None else sources.get(tensor.untyped_storage().data_ptr())
+    found = None if tensor is None else sources.get(memory(tensor))
     if found is None or found[0].stride() != found[1].stride():
         return tensor, None
     computed, parameter, factor = found

@@ -121,15 +121,17 @@ def measure(
     """Measure on prepared inputs.
 
     Args:
-        draws: top gradients drawn for each image; several make up for few images.
         eta: the top gradients of a model with one output, one row per image; drawn where None.
         before: called without gradients on the first use of each layer and its input in the first batch; may change
             the layer.
+        draws: top gradients drawn for each image; several make up for few images.
     """
     generator = torch.Generator(inputs[0].device).manual_seed(seed)
     count, first = len(inputs[0]), 0
-    few = max(1, min(2, count - 1))  # not the size of a batch, which a number of rows may equal by chance
-    batch = BATCH if _rows_are_images(layers, tuple(x[:few] for x in inputs)) else 1
+    if layers.per_image is None:
+        layers.per_image = _rows_are_images(layers, inputs)
+    batch = BATCH if layers.per_image else 1
+    torch.manual_seed(seed)  # for models that draw random numbers even in evaluation mode
     squares: dict[str, Tensor] = {}
     used: dict[str, Layer] = {}
     tops = []
@@ -153,9 +155,6 @@ def measure(
             if not calls:
                 raise InitializationError(NO_LAYER)
             top = [output for output in top if output.requires_grad]  # others depend on no weights
-        if images > 1 and any(len(x) != images for _, x, _ in calls):
-            batch, before = 1, None  # which has been called
-            continue
         used |= {call.layer.name: call.layer for call, *_ in calls}
         for left in reversed(range(draws)):
             noise = [eta[part].to(top[0])] if eta is not None else [_like(output, generator) for output in top]
@@ -186,15 +185,22 @@ def _mean_squares(layer: Layer) -> Tensor:
 
 @torch.no_grad()
 def _rows_are_images(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether the inputs of all layers have a row per image; rows may be windows or tokens, or be of no image."""
+    """Whether the inputs of all layers have a row per image; rows may be windows or tokens, or be of no image.
+
+    Seen on one image and on two: a number of rows that is of something else is not both.
+    """
     rows: list[int] = []
 
     def record(_: Call, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         rows.append(len(x))
         return compute()
 
-    forward(layers, inputs, record)
-    return all(count == len(inputs[0]) for count in rows)
+    for count in (1, 2):
+        rows.clear()
+        forward(layers, tuple(x[:count] for x in inputs), record)
+        if any(number != min(count, len(inputs[0])) for number in rows):
+            return False
+    return True
 
 
 def _like(output: Tensor, generator: torch.Generator) -> Tensor:

@@ -205,7 +205,7 @@ class Scales:
         for parameter, label in self.leaves:
             parameter.mul_(u[label].exp().item())
         for parameter, incoming, output in self.gains:
-            parameter.mul_((u[output] - u[incoming.clamp_min(0)]).exp().to(parameter))
+            parameter.mul_((u[output] - u[incoming]).exp().to(parameter))
         for module, label in self.lrns:
             module.alpha *= (-2 * u[label]).exp().item()
         return factors

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from initializers._graph import SIZES, Graph, Operation, Ref, map_tree, resolve
-from initializers._layers import input_of, overlap
+from initializers._layers import input_of, memory, overlap
 from initializers._model import InitializationError, tensors_of
 from initializers._scales import PINNED, Norm, Scales, Use
 
@@ -267,13 +267,12 @@ class _Tracer:
         incoming = self._uniform(labels, [d for d, size in enumerate(sizes) if size == 1 and shape[d] > 1])
         output = self.scales.new()
         self._pin_measured(incoming)
-        self.scales.gains.append((parameter, incoming.expand(sizes).reshape(parameter.shape).long(), output))
+        incoming = incoming.expand(sizes).reshape(parameter.shape).long().clamp_min(0)
+        self.scales.gains.append((parameter, incoming, output))
         return [_full(output, shape)]
 
     def _pin_measured(self, labels: Tensor) -> None:
-        for label in labels.unique().int().tolist():
-            if label in self.scales.measured:
-                self.scales.constrain((label, 1))
+        self._pin(labels[self.scales.is_measured(labels)])
 
     def _matmul(self, operation: Operation) -> list[Tensor] | None:
         one, other = (self._of(leaf) for leaf in operation.args[:2])
@@ -402,15 +401,15 @@ class _Tracer:
         fixed, owner = self.graph.fixed, self.graph.layers.owner
         tensors = [fixed[index] for index in operation.inputs if index in fixed]
         if self.graph.layers.is_scaling(operation.func, tuple(tensors)):
-            self.computed[_memory(fixed[operation.outputs[0]])] = tensors[0]
+            self.computed[memory(fixed[operation.outputs[0]])] = tensors[0]
             return
-        outputs = {_memory(fixed[index]) if index in fixed else None for index in operation.outputs}
+        outputs = {memory(fixed[index]) if index in fixed else None for index in operation.outputs}
         normalises = name in _NORMALISING | {"batch_norm"}
         for tensor in tensors:
-            view, tensor = outputs == {_memory(tensor)}, self.computed.get(_memory(tensor), tensor)
+            view, tensor = outputs == {memory(tensor)}, self.computed.get(memory(tensor), tensor)
             parameter = owner(tensor)
             if not view and (parameter in self.affine or (parameter is None and not normalises)):
-                self.others.setdefault(_memory(tensor), []).append(tensor)
+                self.others.setdefault(memory(tensor), []).append(tensor)
 
     def _respect_other_uses(self) -> None:
         """Leave alone what two would scale, and what is used in a way that scales nothing."""
@@ -419,7 +418,7 @@ class _Tracer:
         def scales(tensor: Tensor | None, output: int, *incoming: int) -> None:
             if tensor is not None:
                 pairs = {(output, label) for label in incoming or (PINNED,)}
-                scaled.setdefault(_memory(tensor), []).append((tensor, pairs))
+                scaled.setdefault(memory(tensor), []).append((tensor, pairs))
 
         for use in self.scales.uses:
             scales(use.layer.weight, use.output, *use.incoming.flatten().tolist())
@@ -431,8 +430,8 @@ class _Tracer:
             scales(parameter, label)
         for parameter, incoming, output in self.scales.gains:
             scales(parameter, output, *incoming.flatten().tolist())
-        for memory, group in scaled.items():
-            others = self.others.get(memory, [])
+        for address, group in scaled.items():
+            others = self.others.get(address, [])
             for tensor, pairs in group:
                 if sum(overlap(tensor, other) for other in [*others, *(other for other, _ in group)]) > 1:
                     for output, label in pairs:
@@ -457,10 +456,6 @@ def _given(operation: Operation, names: tuple[str, ...], wanted: tuple[str, ...]
     """Arguments by name; None where they are not given."""
     given = dict(zip(names, operation.args, strict=False)) | operation.kwargs
     return [given.get(name) for name in wanted]
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _full(label: int, shape) -> Tensor:
