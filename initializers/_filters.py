@@ -128,21 +128,21 @@ def _from_patches(kind: str, patches: Tensor, outputs: int, generator: torch.Gen
 
 
 def draw_patches(call: Call, inputs: list[Tensor], limit: int, generator: torch.Generator) -> Tensor:
-    """Up to `limit` random patches of the layer's input, without replacement: float32 (groups, patches, patch).
+    """Up to `limit` random patches of the layer's input, in order, without replacement: (groups, patches, patch).
 
     A patch is what one output position sees, padding included; for a convolution in the order (*kernel, channel), the
-    layout in which a patch is gathered as a few contiguous runs. Only the drawn ones ever are.
+    layout in which a patch is gathered as a few contiguous runs. Only the drawn ones ever are, as float32.
     """
     groups, _, width, kernel = call.layer.blocks.shape
     positions = call.windows(inputs[0][:1]).shape[1 : inputs[0].ndim - 1]
     starts = torch.tensor([0] + [len(x) for x in inputs]).cumsum(0) * math.prod(positions)
-    chosen = torch.randperm(int(starts[-1]), generator=generator, device=generator.device)[:limit]
+    chosen = torch.randperm(int(starts[-1]), generator=generator, device=generator.device)[:limit].sort().values
+    ends = torch.searchsorted(chosen, starts.to(chosen.device)).tolist()
     patches = torch.empty(groups, len(chosen), kernel * width, device=chosen.device)
-    for x, start, stop in zip(inputs, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        mine = ((chosen >= start) & (chosen < stop)).nonzero().squeeze(1)
-        index = torch.unravel_index(chosen[mine] - start, (len(x), *positions))
+    for x, start, first, last in zip(inputs, starts[:-1].tolist(), ends[:-1], ends[1:], strict=True):
+        index = torch.unravel_index(chosen[first:last] - start, (len(x), *positions))
         drawn = call.windows(x.detach())[index].float()
-        patches[:, mine] = drawn.reshape(len(mine), kernel, groups, width).movedim(2, 0).flatten(2)
+        patches[:, first:last] = drawn.reshape(last - first, kernel, groups, width).movedim(2, 0).flatten(2)
     return patches
 
 

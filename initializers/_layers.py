@@ -4,9 +4,8 @@ Layers are found by the calls of `linear` and `conv*`, not by the classes of mod
 projection of an attention module and a layer inside another framework's class are seen like any `nn.Linear`.
 """
 
-import math
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,7 +24,9 @@ AFFINE = {
     **{f"conv{n}d": _CONV for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": _TRANSPOSED for n in (1, 2, 3)},
 }
-PIECE = 500_000  # values of an output centred at a time (2 MB)
+PIECE = 500_000  # values of a large tensor that are worked on at a time: 2 MB, which fit the cache
+# By the number of dimensions of the weight.
+_WEIGHT_GRADIENTS = {3: nn.grad.conv1d_weight, 4: nn.grad.conv2d_weight, 5: nn.grad.conv3d_weight}
 NO_LAYER = "the model has no affine layer (convolution or linear) that runs: there is nothing to initialize"
 MODULES = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -117,9 +118,8 @@ class Layer:
 
     def scale_inputs(self, factors: Tensor) -> None:
         """Multiply the weights of each input channel by `factors` (groups, inputs)."""
-        blocks = self.blocks
-        precise = torch.promote_types(blocks.dtype, torch.float32)
-        blocks.copy_(blocks.to(precise) * factors.to(blocks.device, precise).unsqueeze(1).unsqueeze(3))
+        precise = torch.promote_types(self.weight.dtype, torch.float32)
+        self.blocks.mul_(factors.to(self.weight.device, precise).unsqueeze(1).unsqueeze(3))
 
     def normalise(self, mean: Tensor, std: Tensor, target: float) -> Tensor:
         """Make unit variance and mean `target` of outputs with this mean and standard deviation (out_channels,).
@@ -148,15 +148,6 @@ class Call:
     padding: tuple[tuple[int, int], ...] = ()  # before and after
     dilation: tuple[int, ...] = ()
 
-    def positions(self, sizes: Sequence[int]) -> list[int]:
-        """Spatial size of the output of a convolution, for the spatial size of its input."""
-        kernel = self.layer.weight.shape[2:]
-        each = zip(sizes, self.padding, kernel, self.stride, self.dilation, strict=True)
-        return [
-            (size + sum(padding) - step * (extent - 1) - 1) // stride + 1
-            for size, padding, extent, stride, step in each
-        ]
-
     def windows(self, x: Tensor) -> Tensor:
         """What the layer multiplies by its weights: (images, *positions, *kernel, channels), a view.
 
@@ -165,30 +156,29 @@ class Call:
         """
         if self.layer.linear:
             return x
-        positions = self.positions(x.shape[2:])
         x = self._pad(x).movedim(1, -1).contiguous()
         first, *strides, last = x.stride()
-        moves, steps = self._strides(strides)
         kernel = self.layer.weight.shape[2:]
+        each = zip(x.shape[1:-1], kernel, self.stride, self.dilation, strict=True)
+        positions = [(size - step * (extent - 1) - 1) // stride + 1 for size, extent, stride, step in each]
+        moves = [stride * step for stride, step in zip(strides, self.stride, strict=True)]
+        steps = [stride * step for stride, step in zip(strides, self.dilation, strict=True)]
         return x.as_strided((len(x), *positions, *kernel, x.shape[-1]), (first, *moves, *steps, last))
 
-    def columns(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        """The same as a matrix for each image and group, a copy: (images, groups, channels * kernel, positions)."""
-        x = self._pad(x).contiguous()
-        first, channel, *strides = x.stride()
-        moves, steps = self._strides(strides)
-        kernel = self.layer.weight.shape[2:]
-        windows = x.as_strided((*x.shape[:2], *kernel, *positions), (first, channel, *steps, *moves))
-        return windows.reshape(len(x), self.layer.groups, -1, math.prod(positions))
+    def weight_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient of the weight, shaped like it, for an input and the gradient of the output; over all rows."""
+        layer = self.layer
+        if layer.linear:
+            return gradient.flatten(0, -2).T @ x.flatten(0, -2)
+        convolution_weight = _WEIGHT_GRADIENTS[layer.weight.ndim]
+        geometry = {"stride": self.stride, "dilation": self.dilation, "groups": layer.groups}
+        if layer.transposed:  # the convolution whose input is the gradient and whose output is x
+            x, gradient = gradient, x
+        return convolution_weight(self._pad(x), layer.weight.shape, gradient, **geometry)
 
     def _pad(self, x: Tensor) -> Tensor:
         sides = [side for pair in reversed(self.padding) for side in pair]
         return F.pad(x, sides) if any(sides) else x
-
-    def _strides(self, strides: Sequence[int]) -> tuple[list[int], list[int]]:
-        """From one position to the next, and from one element of the kernel to the next, in a padded tensor."""
-        moves = [stride * step for stride, step in zip(strides, self.stride, strict=True)]
-        return moves, [stride * step for stride, step in zip(strides, self.dilation, strict=True)]
 
 
 @dataclass

@@ -7,6 +7,12 @@ import torch
 from torch import Tensor, nn
 
 CONSTANTS = ("eps", "alpha")  # of normalisation modules: the between-layer step may scale them
+ARITHMETIC = (  # of a GPU
+    (torch.backends.cudnn, "deterministic", True),
+    (torch.backends.cudnn, "benchmark", False),
+    (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+    (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+)
 
 
 class InitializationError(ValueError):
@@ -95,13 +101,17 @@ def _is_finite(tensor: Tensor) -> bool:
 def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     """Evaluation mode inside; afterwards flags and global random state are as before, and on an error so are weights.
 
-    Dropout is inactive and BatchNorm uses its running statistics, which are not updated.
+    Dropout is inactive and BatchNorm uses its running statistics, which are not updated. On a GPU convolutions and
+    products are deterministic and of full precision: TF32 changes outputs by more than the between-layer step may.
     """
     training = [(module, module.training) for module in model.modules()]
     restore = snapshot(model)
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
+    arithmetic = [(backend, name, getattr(backend, name)) for backend, name, _ in ARITHMETIC]
     model.eval()
     try:
+        for backend, name, value in ARITHMETIC:
+            setattr(backend, name, value)
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(seed)  # for models that draw random numbers even in evaluation mode
             yield
@@ -111,6 +121,8 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+        for backend, name, value in arithmetic:
+            setattr(backend, name, value)
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:

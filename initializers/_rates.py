@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from initializers._layers import NO_LAYER, Call, Layer, Layers, forward
+from initializers._layers import NO_LAYER, PIECE, Call, Layer, Layers, forward
 from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped
 
 BATCH = 16  # images a pass: bounds the activations kept for the backward pass
-MAX_COLUMN_VALUES = 4_000_000  # floats of unfolded input (16 MB) held at a time: little memory, and faster
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,12 @@ class Rates:
 
     @property
     def spread(self) -> float:
-        """The fastest layer's average rate over the slowest's; 1 when all layers learn at the same rate."""
-        mean = self.mean.values()
-        return max(mean) / min(mean)
+        """The fastest layer's average rate over the slowest's; 1 when all layers learn at the same rate.
+
+        Infinite where a layer does not learn at all.
+        """
+        slowest, fastest = min(self.mean.values()), max(self.mean.values())
+        return fastest / slowest if slowest else math.inf
 
     def plot(self, ax=None, label: str | None = None):
         """Draw Figure 1 (a) and (b): the average change rate and the coefficient of variation of each layer.
@@ -177,10 +179,15 @@ def measure(
     return Measurement(used, squares, {name: _mean_squares(layer) for name, layer in used.items()}, torch.cat(tops))
 
 
+@torch.no_grad()
 def _mean_squares(layer: Layer) -> Tensor:
     """Mean square of the weights of each input channel, float64 (groups, inputs)."""
-    norms = torch.linalg.vector_norm(layer.blocks.float(), dim=(1, 3)).double().cpu()
-    return norms.square() / (layer.blocks.shape[1] * layer.blocks.shape[3])
+    groups, outputs, width, kernel = layer.blocks.shape
+    total = torch.zeros(groups, width, dtype=torch.float64, device=layer.weight.device)
+    # Pieces that fit the cache: torch reduces over the first of two dimensions many times slower at once.
+    for piece in layer.blocks.split(max(1, PIECE // (groups * width * kernel)), 1):
+        total += piece.float().square().sum((1, 3))
+    return total.cpu() / (outputs * kernel)
 
 
 @torch.no_grad()
@@ -214,53 +221,15 @@ def _column_squares(layer: Layer, uses: list[tuple[Call, Tensor, Tensor]], image
         uses: each use of the layer with its input and the gradient of its output. Their rows are the images, or all
             of them are of one image.
     """
-    groups, outputs, width, kernel = layer.blocks.shape
+    _, outputs, _, kernel = layer.blocks.shape
     if layer.linear and len(uses) == 1 and uses[0][1].ndim == 2 and len(uses[0][1]) == images:
         # The gradient of one image is an outer product: its squares need no product.
         _, x, gradient = uses[0]
         rows = x.float().square().T @ gradient.float().square().sum(1)
         return rows.double().cpu()[None] / outputs
-    total = torch.zeros(groups, width, dtype=torch.float64)
-    chunk = max(1, MAX_COLUMN_VALUES // max(_values(call, x, images) for call, x, _ in uses))
-    for first in range(0, images, chunk):
-        part = slice(first, first + chunk)
-        weights = sum(
-            _weight_gradients(call, x.float(), gradient.float(), 1)
-            if images == 1
-            else _weight_gradients(call, x[part].float(), gradient[part].float(), len(x[part]))
-            for call, x, gradient in uses
-        )  # (images, groups, outputs, inputs * kernel)
-        total += weights.square_().sum((0, 2)).view(groups, width, kernel).sum(2).double().cpu()
-    return total / (outputs * kernel)
-
-
-def _values(call: Call, x: Tensor, images: int) -> int:
-    """Floats that `_weight_gradients` needs for each image."""
-    layer = call.layer
-    values = layer.weight.numel()
-    if not layer.linear:
-        channels = layer.out_channels if layer.transposed else layer.in_channels
-        positions = math.prod(x.shape[2:] if layer.transposed else call.positions(x.shape[2:]))
-        values = max(values, len(x) // images * channels * layer.blocks.shape[3] * positions)
-    return values
-
-
-def _weight_gradients(call: Call, x: Tensor, gradient: Tensor, images: int) -> Tensor:
-    """Gradient of the weights for each image: (images, groups, outputs, inputs * kernel).
-
-    Args:
-        x, gradient: input and gradient of the output; the same number of rows for each image.
-    """
-    layer = call.layer
-    if layer.linear:
-        x, gradient = x.reshape(images, -1, x.shape[-1]), gradient.reshape(images, -1, gradient.shape[-1])
-        return (gradient.mT @ x).unsqueeze(1)
-    _, _, width, kernel = layer.blocks.shape
-    if layer.transposed:  # the convolution whose input is the gradient and whose output is x
-        columns = call.columns(gradient, x.shape[2:])
-        products = x.reshape(*columns.shape[:2], width, -1) @ columns.mT
-        products = products.unflatten(3, (-1, kernel)).transpose(2, 3).flatten(3)
-    else:
-        columns = call.columns(x, gradient.shape[2:])
-        products = gradient.reshape(*columns.shape[:2], -1, columns.shape[3]) @ columns.mT
-    return products if images > 1 else products.sum(0, keepdim=True)
+    total = torch.zeros(layer.blocks.shape[::2], dtype=torch.float64, device=layer.weight.device)
+    for image in range(images):
+        part = slice(None) if images == 1 else slice(image, image + 1)
+        gradients = [call.weight_gradient(x[part].float(), gradient[part].float()) for call, x, gradient in uses]
+        total += layer.as_blocks(sum(gradients)).square().sum((1, 3))
+    return total.cpu() / (outputs * kernel)

@@ -1,5 +1,6 @@
 """CaffeNet on real images, against the rates that the authors' code gives it: see caffenet_voc_rates.json."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -91,15 +92,22 @@ def test_every_layer_is_normalised_and_learns_at_one_rate(filters, voc):
         torch.testing.assert_close(std, torch.ones_like(std), atol=1e-3, rtol=0)
         torch.testing.assert_close(mean, torch.full_like(mean, 0.1), atol=1e-3, rtol=0)
 
-    report = rescale(model, images)
-    assert report.spread_before > 1000
-    rates = change_rate(model, others)
-    assert rates.spread < 1.25
     theirs = REFERENCE.get({"gaussian": "elwise"}.get(filters, filters) + "_both")
+    state, spreads = copy.deepcopy(model.state_dict()), []
+    for seed in range(3):  # of the top gradients, which move the spread by some 3 %; theirs is of one draw
+        model.load_state_dict(state)
+        report = rescale(model, images, seed=seed)
+        assert report.spread_before > 1000
+        rates = change_rate(model, others)
+        spreads.append(rates.spread)
+        if theirs is not None:
+            for layer, cv in zip(rates.layers, theirs["cv"], strict=True):
+                assert rates.cv[layer] == pytest.approx(cv, abs=0.1), layer
+    assert max(spreads) < 1.25
     if theirs is not None:
-        assert rates.spread < 1.02 * max(theirs["mean"]) / min(theirs["mean"])
-        for layer, cv in zip(rates.layers, theirs["cv"], strict=True):
-            assert rates.cv[layer] == pytest.approx(cv, abs=0.1), layer
+        limit = max(theirs["mean"]) / min(theirs["mean"])
+        assert min(spreads) <= limit
+        assert sum(spreads) / 3 <= 1.02 * limit
 
 
 @pytest.mark.parametrize("filters", FILTERS)

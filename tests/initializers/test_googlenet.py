@@ -64,9 +64,13 @@ def test_local_response_normalization_feeds_four_branches(lrn):
 
 @pytest.mark.slow
 @pytest.mark.skipif("VOC_ROOT" not in os.environ, reason="needs real images: set VOC_ROOT")
-@pytest.mark.parametrize("filters", ["gaussian", "kmeans"])
-def test_held_out_rates_on_real_images(filters, tmp_path_factory):
-    """Four random top gradients an image: with one, two measurements of the same network differ by up to 20 %."""
+@pytest.mark.parametrize(("filters", "limit"), [("gaussian", 1.25), ("kmeans", 1.6)])
+def test_held_out_rates_on_real_images(filters, limit, tmp_path_factory):
+    """Four random top gradients an image: with one, two measurements of the same network differ by up to 20 %.
+
+    Centres of k-means fit their images: on others the last block answers less and learns by 15 % more slowly, whatever
+    the images that the rates are made equal on; and a few images have much of the first layer's rate.
+    """
 
     def read(split, count):
         paths = read_split(os.environ["VOC_ROOT"], split).image_paths[:count]
@@ -85,4 +89,4 @@ def test_held_out_rates_on_real_images(filters, tmp_path_factory):
         assert relative(model(others), expected) < 1e-4
     rates: Rates = measure(Layers(model), as_inputs(model, others), seed=1, draws=4).rates
     print(f"{filters}: {before:.4g} -> {report.spread_after:.4g}, held out {rates.spread:.4g}")
-    assert rates.spread <= 1.25
+    assert rates.spread <= limit

@@ -1,5 +1,6 @@
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -423,6 +424,37 @@ def test_nothing_else_changes(between, images):
         assert (parameter.grad is None) if gradient is None else torch.equal(parameter.grad, gradient)
 
 
+@pytest.fixture(params=[False, True])
+def arithmetic(request):
+    """Arithmetic of a GPU as a user may have set it; gives what tells how it is set."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+
+    def settings():
+        return cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision, products.fp32_precision
+
+    before = cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = True, request.param, request.param
+    yield settings
+    cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_gpu_is_deterministic_and_precise_inside_and_as_before_outside(fails, arithmetic, images):
+    before, inside = arithmetic(), set()
+
+    def look(*_):
+        inside.add(arithmetic())
+        if fails:
+            raise RuntimeError
+
+    model = build("plain")
+    model[0].register_forward_pre_hook(look)
+    with pytest.raises(InitializationError) if fails else nullcontext():
+        initialize(model, images)
+    assert inside == {(True, False, "ieee", "ieee")}
+    assert arithmetic() == before != (True, False, "ieee", "ieee")
+
+
 def dictionaries(images):
     return [{"name": ["a"] * 16, "image": part, "label": torch.zeros(16)} for part in images.split(16)]
 
@@ -538,7 +570,7 @@ def assert_normalised(model, images, tolerance):
             layer = model.get_submodule(name)
             if layer.bias is not None or not getattr(layer, "transposed", False):
                 error = mean.abs() if layer.bias is None else (mean - 0.1).abs() / layer.bias.abs().clamp(min=1)
-                assert error.max() < 1.5 * tolerance, name
+                assert error.max() < 2 * tolerance, name
 
 
 @pytest.mark.parametrize("network", ["plain", "without_bias", "batch_norm", "volume", "branches"])

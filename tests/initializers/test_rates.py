@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -286,10 +287,10 @@ def eta():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("limit", [_rates.MAX_COLUMN_VALUES, 1000])
-def test_columns_equal_a_slow_computation(network, limit, images, eta, monkeypatch):
+@pytest.mark.parametrize("piece", [_rates.PIECE, 10])
+def test_columns_equal_a_slow_computation(network, piece, images, eta, monkeypatch):
     model = build(network)
-    monkeypatch.setattr(_rates, "MAX_COLUMN_VALUES", limit)  # the smaller unfolds one image at a time
+    monkeypatch.setattr(_rates, "PIECE", piece)  # the smaller squares the weights one output at a time
     measurement = measure(Layers(model.eval()), (images,), seed=0, eta=eta)
     slow = slow_columns(model, images, eta)
     assert measurement.rates.layers == list(slow)
@@ -379,3 +380,7 @@ def test_the_summaries():
     assert rates.mean == {"a": 3, "b": 12, "c": 2}
     assert rates.cv == pytest.approx({"a": (14 / 3) ** 0.5 / 3, "b": 1 / 6, "c": 0})
     assert rates.spread == 6
+
+
+def test_the_spread_is_infinite_where_a_layer_does_not_learn():
+    assert Rates({"still": torch.zeros(3), "other": torch.ones(2)}).spread == math.inf

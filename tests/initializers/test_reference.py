@@ -77,5 +77,5 @@ def test_the_between_layer_step_comes_as_close_to_equal_rates(caffe_small, refer
     assert report.spread_before > 10_000
     assert report.spread_after < max(theirs) / min(theirs) < 1.1
     assert report.rounds <= 3  # they take ten
-    # On other draws of eta: 12 images and 10 outputs leave some noise in what was made equal.
+    # On other draws of eta: 16 images and 10 outputs leave some noise in what was made equal.
     assert change_rate(model, reference["images"], seed=1).spread < 1.5

@@ -37,7 +37,7 @@ def test_rates_and_scales_are_those_of_the_model(model, images, monkeypatch):
 
 def test_a_row_a_layer_and_every_fallback(model, images):
     report = initialize(model, images, "pca", bias=0.2)
-    assert (report.images, report.rate_images) == (64, 12)
+    assert (report.images, report.rate_images) == (64, 16)
     assert report.seconds > sum(row.seconds for row in report.layers) > 0
     assert [(row.name, row.shape, row.filters, row.note) for row in report.layers] == [
         ("1", (20, 192), "pca", ""),
@@ -73,7 +73,7 @@ def test_a_row_a_layer_and_every_fallback(model, images):
         assert f"{value:.3g}" in lines[3].split()
     for value in (second.rate_before, second.rate_after, second.scale):
         assert f"{value:.4g}" in lines[3].split()
-    assert f"{report.spread_before:.4g} -> {report.spread_after:.4g} in 1 round on 12 images;" in lines[6]
+    assert f"{report.spread_before:.4g} -> {report.spread_after:.4g} in 1 round on 16 images;" in lines[6]
     assert lines[7:] == ["3: Gaussian filters, as there are 64 samples for 80 outputs"]
 
 
