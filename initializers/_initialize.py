@@ -327,43 +327,45 @@ def _equalise(
                     scales.degrees[label] = max(-1.0, min(1.0, -math.log(ratio) / intended))
             sizes[key] = size
 
-    def apply(u: Tensor) -> Measurement:
+    def apply(u: Tensor) -> None:
         for name, factor in scales.apply(u).items():
             factors[name] *= factor
-        return _measured(layers, inputs, seed, follow, draws)
 
-    def change(last: Measurement) -> float:
-        """Relative change of the outputs; on more images where it has to be small on all."""
-        return _change(first_outputs, _outputs(layers, checked)) if exact else _change(first.outputs, last.outputs)
+    def measured() -> Measurement:
+        return _measured(layers, inputs, seed, follow, RATE_DRAWS if exact else 1)
 
     u = torch.zeros(1 + scales.variables)
     exact = not scales.measured
-    draws = RATE_DRAWS if exact else 1
-    first_outputs = _outputs(layers, checked) if exact else None
-    first = last = _measured(layers, inputs, seed, follow, draws)
+    first = last = measured()
     factors = dict.fromkeys(first.layers, 1.0)
-    restore = snapshot(layers.model) if exact else None
+    if exact:
+        first_outputs, restore = _outputs(layers, checked), snapshot(layers.model)
     total = 0
     for _ in range(MAX_ROUNDS if method == "balance" else PAPER_STEPS):
         u = scales.equalising(last) * (1 if method == "balance" else alpha)
+        apply(u)
         report.rounds += 1
         total = total + u
-        before, last = last.rates.spread, apply(u)
-        spread = last.rates.spread
-        if method == "balance" and (exact or spread < SETTLED or spread > 0.99 * before):
+        if method == "balance" and exact:
             break
-    report.output_change = change(last)
-    if exact and not report.output_change < _tolerance(inputs):
-        # The network amplifies the rounding of its weights: powers of two leave every bit of a product as it is.
-        restore()
-        report.powers_of_two = True
-        factors = dict.fromkeys(first.layers, 1.0)
-        last = apply(scales.powers_of_two(first, total))
-        report.output_change = change(last)
+        before, last = last.rates.spread, measured()
+        if method == "balance" and (last.rates.spread < SETTLED or last.rates.spread > 0.99 * before):
+            break
+    if exact:
+        report.output_change = _change(first_outputs, _outputs(layers, checked))
+        if not report.output_change < _tolerance(inputs):
+            # The network amplifies the rounding of its weights: powers of two leave every bit of a product as it is.
+            restore()
+            report.powers_of_two = True
+            factors = dict.fromkeys(first.layers, 1.0)
+            apply(scales.powers_of_two(first, total))
+            report.output_change = _change(first_outputs, _outputs(layers, checked))
+        _check_exact(report, inputs)
+        last = measured()
+    else:
+        report.output_change = _change(first.outputs, last.outputs)
     report.lrn = "estimate" if scales.measured else "exact" if scales.lrns else None
     _report_rates(report, first, last, factors)
-    if exact:
-        _check_exact(report, inputs)
 
 
 def _tolerance(inputs: tuple[Tensor, ...]) -> float:
