@@ -20,6 +20,7 @@ DATA_DRIVEN = ("pca", "zca", "kmeans", "patches")
 GAUSSIAN_STD = 0.01  # of the unscaled Gaussian baseline (section 4.1); Algorithm 1 makes the scale irrelevant
 MAX_PATCH_VALUES = 32_000_000  # patches are drawn until this many floats (128 MB): 88,000 at CaffeNet's conv1
 KMEANS_ITERATIONS = 10  # Coates & Ng (2012) find ten sufficient
+FEW_PATCHES = 1_000  # show that patches vary
 MEAN_PATCHES = 2_000  # show how much a group's patches vary apart from the direction of their mean
 MIN_REST = 0.05
 MIN_EIGENVALUE = 1e-6  # relative to the largest; below, a direction of the patches is rounding noise
@@ -84,13 +85,12 @@ def _draw(
     if patches.shape[1] < outputs:
         note = f"Gaussian filters, as there are {patches.shape[1]} samples for {outputs} outputs"
         return _gaussian(layer, generator), note
-    still = (patches.amax(1) == patches.amin(1)).all(1)  # groups of few channels may be dead
+    still = _same(patches[:, :FEW_PATCHES])  # groups of few channels may be dead
+    if still.any():
+        still = _same(patches)
     if still.all():
         raise InitializationError("the layer's input has no variance: pass more, or more varied, images")
-    patches -= patches.mean(1, keepdim=True)
-    if direction is not None:
-        patches -= (patches @ direction) @ direction.mT
-    blocks = _as_blocks(layer, _from_patches(kind, patches, outputs, generator))
+    blocks = _as_blocks(layer, _from_patches(kind, patches, outputs, generator, direction))
     if not still.any():
         return blocks, ""
     note = f"Gaussian filters in {int(still.sum())} of {groups} groups, whose input does not vary"
@@ -109,8 +109,22 @@ def _mean_direction(call: Call, inputs: list[Tensor], generator: torch.Generator
     return direction * (total - along > MIN_REST * total).view(-1, 1, 1)
 
 
-def _from_patches(kind: str, patches: Tensor, outputs: int, generator: torch.Generator) -> Tensor:
-    """Data-driven filters (groups, outputs, patch) from centred patches (groups, patches, patch)."""
+def _same(patches: Tensor) -> Tensor:
+    """Whether all patches of a group are the same, (groups,)."""
+    return (patches.amax(1) == patches.amin(1)).all(1)
+
+
+def _from_patches(
+    kind: str, patches: Tensor, outputs: int, generator: torch.Generator, direction: Tensor | None
+) -> Tensor:
+    """Data-driven filters (groups, outputs, patch) from patches (groups, patches, patch), which are centred in place.
+
+    Args:
+        direction: taken out of the patches.
+    """
+    patches -= patches.mean(1, keepdim=True)
+    if direction is not None:
+        patches -= (patches @ direction) @ direction.mT
     if kind == "zca":
         projection = _randn((len(patches), outputs, patches.shape[2]), generator)
         responses = patches @ projection.mT
@@ -156,7 +170,9 @@ def orthonormal(layer: Layer, generator: torch.Generator) -> Tensor:
 
 
 def _gaussian(layer: Layer, generator: torch.Generator) -> Tensor:
-    return layer.as_blocks(torch.empty_like(layer.weight.detach()).normal_(0, GAUSSIAN_STD, generator=generator))
+    """Drawn into the weight itself, as a large one takes long to copy."""
+    layer.weight.detach().normal_(0, GAUSSIAN_STD, generator=generator)
+    return layer.blocks
 
 
 def _as_blocks(layer: Layer, filters: Tensor) -> Tensor:

@@ -169,9 +169,16 @@ def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
     same = plans[0] == plans[1] and first.outputs == second.outputs
     if not (same and all(_equal(tensor, second.constants.get(index)) for index, tensor in first.constants.items())):
         raise UngraphableError(_DIFFERENT)
+    layers.per_image = all(set(_rows(graph)) == {size} for graph, size in zip((first, second), SIZES, strict=True))
     for one, other in zip(first.operations, second.operations, strict=True):
         one.args, one.kwargs = _generalise((one.args, one.kwargs), (other.args, other.kwargs))
     return first
+
+
+def _rows(graph: Graph) -> list[int]:
+    """Rows of the inputs of all affine layers."""
+    calls = [operation for operation in graph.operations if operation.call is not None]
+    return [graph.shapes[input_of(call.args, call.kwargs).index][0] for call in calls]
 
 
 def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:

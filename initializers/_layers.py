@@ -112,7 +112,10 @@ class Layer:
 
     def set_weight(self, blocks: Tensor) -> None:
         """Compute with these weights (groups, outputs, inputs, kernel) from now on, and with no bias."""
-        self.blocks.copy_(blocks if self.factor is None else blocks / self.factor)
+        if self.factor is not None:
+            blocks = blocks / self.factor
+        if memory(blocks) != memory(self.weight):
+            self.blocks.copy_(blocks)
         if self.bias is not None:
             self.bias.zero_()
 
@@ -187,7 +190,7 @@ class Layers:
 
     model: nn.Module
     found: dict[str, Layer] = field(default_factory=dict)  # in order of execution
-    per_image: bool | None = None  # whether the rows of all inputs are the images; found when rates are measured
+    per_image: bool | None = None  # whether the rows of all inputs are the images; None where nothing ran yet
 
     @cached_property
     def _parameters(self) -> dict[int, list[tuple[str, Tensor]]]:
