@@ -8,7 +8,6 @@ command is given again. The last line printed is the path of the result record.
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -20,19 +19,24 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import initializers
-from experiments.data.demo import make_demo
-from experiments.data.download import download, to_download
-from experiments.data.images import ImageCache, crop, whole
+from experiments.data.download import prepare
+from experiments.data.images import ImageCache
 from experiments.data.voc import CLASSES, Split, read_split
 from experiments.engine import run
+from experiments.engine.init import choose, set_weights
 from experiments.engine.metrics import average_precision
 from experiments.engine.optim import make_optimizer, step_policy
 from experiments.engine.trainer import CropBatches, predict, train
+
+PAPER = Path(__file__).resolve().parents[1] / "results" / "paper"
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="voc_cls")
 @run.one_line_errors
 def main(cfg: DictConfig) -> None:
+    if cfg.published and (reason := left_out(cfg)):
+        print(f"not run: {reason}")
+        return
     folder = run.run_folder(cfg)
     record = folder / "record.json"
     if record.exists():
@@ -40,10 +44,7 @@ def main(cfg: DictConfig) -> None:
         return
     device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
     with run.open_folder(folder):
-        if cfg.data.name == "demo":
-            make_demo(cfg.data.root)
-        elif to_download(cfg.data.root):
-            download(cfg.data.root)
+        prepare(cfg.data)
         training, test = (read_split(cfg.data.root, cfg.data[split]) for split in ("train", "test"))
         training_cache, test_cache = (
             ImageCache.open(split.image_paths, cfg.data.cache).to(device) for split in (training, test)
@@ -120,10 +121,9 @@ def initialize(cfg: DictConfig, folder: Path, model: nn.Module, cache: ImageCach
     path = folder / "init.json"
     if run.has_checkpoint(folder):
         return json.loads(path.read_text())
-    options = {key: value for key, value in cfg.init.items() if key not in ("name", "method", "images")}
-    images = [choose(cfg, "init", cache, range(len(cache)))] if "images" in cfg.init else []
+    images = choose(cfg, "init", cache, range(len(cache))) if "images" in cfg.init else None
     began = time.perf_counter()
-    report = getattr(initializers, cfg.init.method)(model, *images, seed=cfg.seed, **options)
+    report = set_weights(model, cfg.init, images, cfg.seed)
     seconds = time.perf_counter() - began
     if report is not None:
         print(report)
@@ -143,15 +143,15 @@ def initialize(cfg: DictConfig, folder: Path, model: nn.Module, cache: ImageCach
     return start
 
 
-def choose(cfg: DictConfig, part: str, cache: ImageCache, among: Sequence[int]) -> Tensor:
-    """`cfg[part].images` of the images `among`, at random, each squashed to a square of the crop's size."""
-    count = cfg[part].images
-    if count > len(among):
-        raise ValueError(f"{part}.images={count}, but there are only {len(among)} to choose from: lower it")
-    generator = torch.Generator().manual_seed(cfg.seed)
-    index = torch.tensor(among)[torch.randperm(len(among), generator=generator)[:count]]
-    windows = whole(cache.heights.cpu()[index], cache.widths.cpu()[index])
-    return crop(cache, index, windows, cfg.crop.size, cfg.data.mean)
+def left_out(cfg: DictConfig) -> str:
+    """Why a cell of the paper's table `cfg.published` is left out: empty there, or without its weights; else ''."""
+    if cfg.init.method == "pretrained":
+        absent = not Path(cfg.init.weights).exists()
+        return f"{cfg.init.weights} is not there; its authors publish it at {cfg.init.source}" if absent else ""
+    table = pd.read_csv(PAPER / f"{cfg.published}.csv")
+    same = (table["init"] == run.init_key(cfg.init)) & (table["optimizer"] == cfg.optimizer.name)
+    found = table.loc[same & (table["batch_norm"] == cfg.model.batch_norm), "classification"].notna().any()
+    return "" if found else f"{cfg.published} of the paper leaves this cell empty; published=null runs it too"
 
 
 if __name__ == "__main__":

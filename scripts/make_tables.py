@@ -3,13 +3,14 @@
 python scripts/make_tables.py
 """
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import pandas as pd
 
-from experiments.engine.run import NOT_IDENTITY, write_text
+from experiments.engine.run import NOT_IDENTITY, init_key, write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -22,6 +23,21 @@ BASELINES = {
 METRICS = {"map_step": "step AP", "map_voc11": "11-point AP"}
 ORIGIN = ("data", "device", "versions", "commit")
 
+CAFFENET = "experiments.networks.CaffeNet"
+NETWORKS = {"GoogLeNet": "experiments.networks.GoogLeNet", "VGG-16": "experiments.networks.VGG16"}  # of section 4.4
+SCALINGS = {"none": "no scaling", "within": "Within-layer", "between": "Between-layer", "both": "Both"}
+
+TABLE1 = """\
+# Table 1: scaling, optimizer and batch normalization, PASCAL VOC 2007 classification
+
+Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
+
+Mean average precision of CaffeNet on the test set in percent, step AP, ± the standard deviation over seeds and with
+their number where there are several; in brackets what the paper publishes (Krähenbühl et al., 2016), at the scale of
+the preset `paper`. It states neither the learning rate of Adam nor where the normalizations stand. A dash has not been
+measured.
+"""
+
 TABLE2 = """\
 # Table 2: initializations, PASCAL VOC 2007 classification
 
@@ -31,6 +47,25 @@ Mean average precision on the test set in percent, ± the standard deviation ove
 Krähenbühl et al. (2016), at the scale of the preset `paper`; compare it with the step AP, which is how the
 paper's authors compute it (scikit-learn). The VOC 2007 11-point AP of the same scores reads about two points
 higher. An empty cell has not been measured, or was not published.
+"""
+
+TABLE3 = """\
+# Table 3: pre-trained networks, PASCAL VOC 2007 classification
+
+Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
+
+Mean average precision on the test set in percent, ± the standard deviation over seeds. Published: Krähenbühl et al.
+(2016). "Ours +" are networks whose change rates were made equal before they were trained on (`init.rescale=true`).
+Weights of our own, from `experiments/pretrain.py`, stand below those of the paper. An empty cell has not been measured.
+"""
+
+SECTION44 = """\
+# Section 4.4: other networks, PASCAL VOC 2007 classification
+
+Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
+
+Mean average precision on the test set in percent, ± the standard deviation over seeds. Published: Krähenbühl et al.
+(2016), at the scale of the preset `paper`. An empty cell has not been measured.
 """
 
 FAMILIES = """\
@@ -88,7 +123,13 @@ def make_tables(runs: Path, paper: Path, families: Path | None = None) -> dict[s
     Raises:
         ValueError: a file that is no result record, or records that cannot be averaged; both are named.
     """
-    tables = table2(read_records(runs, "voc_cls"), paper)
+    records = read_records(runs, "voc_cls")
+    caffenet, others = records, records
+    if not records.empty:
+        sgd = records["config.optimizer.name"] == "sgd"
+        caffenet = records[records["config.model._target_"] == CAFFENET]
+        others = records[records["config.model._target_"].isin(NETWORKS.values()) & sgd]
+    tables = table1(caffenet, paper) | table2(caffenet, paper) | table3(caffenet, paper) | section44(others, paper)
     if families is not None and families.exists():
         tables |= families_table(families)
     return tables
@@ -108,7 +149,7 @@ def read_records(runs: Path, experiment: str) -> pd.DataFrame:
             if not all(0 <= row[name] <= 100 for name in METRICS):
                 raise ValueError(f"{record['metrics']} are no average precisions")
             row["path"] = str(path)
-            row["init"] = row_key(config["init"])
+            row["init"] = init_key(config["init"])
             row["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
             row["commit"] = (record["git_commit"] or "unknown")[:10] + " with changes" * record["git_dirty"]
             row |= {f"config.{name}": str(value) for name, value in pd.json_normalize(config).iloc[0].items()}
@@ -118,10 +159,48 @@ def read_records(runs: Path, experiment: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def row_key(init: dict) -> str:
-    """What follows `init=` on the command line to get this initialization; names its row in every table."""
-    off = [f" init.{step}=false" for step in ("within", "between") if not init.get(step, True)]
-    return init["name"] + "".join(off)
+def table1(records: pd.DataFrame, paper: Path) -> dict[str, str]:
+    """Table 1: scalings by optimizers, with and without batch normalization, for two kinds of filters."""
+    published = pd.read_csv(paper / "table1.csv")
+    columns = ["optimizer", "batch_norm", "filters"]
+    blocks: dict[str, list[pd.DataFrame]] = {}  # by protocol
+    keys = [published["optimizer"], published["batch_norm"]]
+    for (optimizer, batch_norm), cells in published.groupby(keys, sort=False):
+        if records.empty:
+            break
+        own = (records["config.optimizer.name"] == optimizer) & (records["config.model.batch_norm"] == str(batch_norm))
+        chosen = records[own & records["init"].isin(cells["init"])]
+        for protocol, block in by_protocol(chosen).items() if len(chosen) else ():
+            means = average(block)[["map_step", "map_step_std", "n"]]
+            blocks.setdefault(protocol, []).append(cells.join(means, on="init", how="inner"))
+    texts, parts = [TABLE1], []
+    for protocol, found in (blocks or {"paper": []}).items():
+        measured = pd.concat(found)[["map_step", "map_step_std", "n"]] if found else None
+        table = published if measured is None else published.join(measured)
+        texts.append(f"## Preset {protocol}\n\n{table1_markdown(table, columns)}")
+        parts.append(table.assign(preset=protocol))
+    csv = pd.concat(parts).drop(columns="source").to_csv(index=False, float_format="%.2f", lineterminator="\n")
+    return {"table1.md": "\n".join(texts), "table1.csv": csv}
+
+
+def table1_markdown(table: pd.DataFrame, columns: list[str]) -> str:
+    """A row per scaling, as in the paper."""
+    order = [*dict.fromkeys(table[columns].itertuples(index=False, name=None))]
+    names = [f"{optimizer.upper()}{' + BN' * bn}, {filters}" for optimizer, bn, filters in order]
+    lines = [["scaling", *names], ["---", *["---:"] * len(order)]]
+    cells = table.set_index(["scaling", *columns])
+    for scaling, name in SCALINGS.items():
+        lines.append([name, *(table1_cell(cells.loc[(scaling, *column)]) for column in order)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def table1_cell(cell: pd.Series) -> str:
+    """What was measured, and what was published."""
+    published = "" if pd.isna(cell["classification"]) else f" ({cell['classification']:.1f})"
+    if pd.isna(cell.get("map_step")):
+        return f"-{published}"
+    several = f" ± {cell['map_step_std']:.1f}, n={cell['n']}" if cell["n"] > 1 else ""
+    return f"{cell['map_step']:.1f}{several}{published}"
 
 
 def table2(records: pd.DataFrame, paper: Path) -> dict[str, str]:
@@ -133,8 +212,44 @@ def table2(records: pd.DataFrame, paper: Path) -> dict[str, str]:
 
     if not records.empty:
         sgd = records["config.optimizer.name"] == "sgd"
-        records = records[sgd & (records["config.model.batch_norm"] == "False")]
-    texts, parts = [TABLE2], []
+        trained = records["init"].str.startswith("pretrained ")
+        records = records[sgd & (records["config.model.batch_norm"] == "False") & ~trained]
+    return comparison("table2", TABLE2, records, methods, numbers)
+
+
+def table3(records: pd.DataFrame, paper: Path) -> dict[str, str]:
+    """Table 3, classification: pre-trained networks, as they are and at equal change rates."""
+    published = pd.read_csv(paper / "table3.csv").set_index("init")
+    if not records.empty:
+        sgd = records["config.optimizer.name"] == "sgd"
+        wanted = records["init"].str.startswith("pretrained ") | (records["init"] == "kmeans")
+        records = records[sgd & (records["config.model.batch_norm"] == "False") & wanted]
+    return comparison("table3", TABLE3, records, published["method"].to_dict(), published["classification"])
+
+
+def section44(records: pd.DataFrame, paper: Path) -> dict[str, str]:
+    """Section 4.4: GoogLeNet and VGG-16, a block for each."""
+    published = pd.read_csv(paper / "section4.4.csv")
+    text, csv = SECTION44, []
+    for network, rows in published.groupby("network", sort=False):
+        own = records if records.empty else records[records["config.model._target_"] == NETWORKS[network]]
+        methods = {init: f"{network}, {init}" for init in rows["init"]}
+        numbers = rows.set_index("init")["classification"]
+        tables = comparison("table", "", own, methods, numbers)
+        text += tables["table.md"].replace("## Preset", f"## {network}, preset")
+        csv.append(pd.read_csv(io.StringIO(tables["table.csv"]), dtype=str).assign(network=network))
+    return {"section4.4.md": text, "section4.4.csv": pd.concat(csv).to_csv(index=False, lineterminator="\n")}
+
+
+def comparison(
+    name: str, text: str, records: pd.DataFrame, methods: dict[str, str], numbers: pd.Series
+) -> dict[str, str]:
+    """Markdown and CSV of a table with a row for each initialization, first those of `methods`, key -> name.
+
+    Args:
+        numbers: what is published, by key.
+    """
+    texts, parts = [text], []
     for protocol, block in by_protocol(records).items():
         rows = average(block)
         rows = rows.reindex([*methods, *rows.index.difference(list(methods))]).rename_axis("init")
@@ -143,7 +258,7 @@ def table2(records: pd.DataFrame, paper: Path) -> dict[str, str]:
         texts.append(f"## Preset {protocol}\n\n{markdown(rows)}{origin(block)}")
         parts.append(rows.reset_index().assign(preset=protocol))
     csv = pd.concat(parts).to_csv(index=False, float_format="%.2f", lineterminator="\n")
-    return {"table2.md": "\n".join(texts), "table2.csv": csv}
+    return {f"{name}.md": "\n".join(texts), f"{name}.csv": csv}
 
 
 def families_table(path: Path) -> dict[str, str]:

@@ -84,7 +84,7 @@ def test_import_initializers_loads_no_optional_package():
 
 def test_every_import_of_the_experiments_is_declared():
     declared = {Requirement(line).name for line in [*PROJECT["dependencies"], *EXTRAS["experiments"]]}
-    modules = {"scikit-learn": "sklearn", "hydra-core": "hydra", "pillow": "PIL"}
+    modules = {"scikit-learn": "sklearn", "hydra-core": "hydra", "pillow": "PIL", "protobuf": "google"}
     allowed = {modules.get(name, name) for name in declared} | {"initializers", "experiments"}
     assert "torch" in imported("experiments")
     bench = {(Requirement(line).name, True) for line in EXTRAS["bench"]}  # not pinned, as no test runs what needs it

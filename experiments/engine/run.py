@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ NOT_IDENTITY = (
     "device",
     "threads",
     "output",
+    "published",
     "data.cache",
     "train.checkpoint_seconds",
     "evaluate.batch_size",
@@ -94,6 +95,18 @@ def run_folder(cfg: DictConfig) -> Path:
     return Path(cfg.output) / cfg.experiment / f"{cfg.preset}-{cfg.init.name}-seed{cfg.seed}-{digest}"
 
 
+def init_key(init: Mapping) -> str:
+    """What follows `init=` on the command line to get this initialization; names its row in every table."""
+    if init["name"] == "pretrained":
+        path = Path(init["weights"] or "")
+        name = path.parent.name if path.stem == "weights" else path.stem  # of a run of experiments/pretrain.py: its own
+        return f"pretrained {name}" + " init.rescale=true" * init["rescale"]
+    off = [f" init.{step}=false" for step in ("within", "between") if not init.get(step, True)]
+    if init["name"] == "gaussian" and len(off) == 2:
+        return "gaussian_unscaled"  # the same: N(0, .01²) and no biases
+    return init["name"] + "".join(off)
+
+
 @contextmanager
 def open_folder(folder: Path) -> Iterator[None]:
     """Create `folder` and keep other processes out of it meanwhile.
@@ -122,6 +135,11 @@ def write_text(path: Path, text: str) -> None:
         OSError: it could not be written, for instance on a full disk; a file that was there is still intact.
     """
     _write_whole(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`; errors as `write_text`."""
+    _write_whole(path, content)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -206,7 +224,7 @@ def write_record(path: Path, cfg: DictConfig, device: torch.device, **results) -
     """
     record = {
         "experiment": cfg.experiment,
-        "preset": cfg.preset,
+        "preset": cfg.get("preset"),
         "seed": cfg.seed,
         **results,
         "device": device_name(device),

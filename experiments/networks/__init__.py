@@ -1,5 +1,8 @@
-"""The networks of the paper, layer for layer as their Caffe definitions."""
+"""The networks of the paper, layer for layer as their Caffe definitions, and their weights from files."""
 
 from experiments.networks.caffenet import CaffeNet
+from experiments.networks.googlenet import GoogLeNet
+from experiments.networks.vgg import VGG16
+from experiments.networks.weights import load_weights, read_weights
 
-__all__ = ["CaffeNet"]
+__all__ = ["VGG16", "CaffeNet", "GoogLeNet", "load_weights", "read_weights"]

@@ -36,6 +36,7 @@ class CaffeNet(nn.Sequential):
     """
 
     caffe_fillers = REFERENCE_FILLERS
+    head = "fc8"
 
     def __init__(
         self,

@@ -34,6 +34,8 @@ class GoogLeNet(nn.Module):
         dropout: probability before the last layer; the auxiliary classifiers drop .7, as Caffe's do.
     """
 
+    head = "loss3.classifier"
+
     def __init__(
         self,
         num_outputs: int = 20,

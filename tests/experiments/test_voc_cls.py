@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import resource
@@ -5,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,13 @@ from torch import nn
 from experiments import voc_cls
 from experiments.data.images import ImageCache
 from experiments.data.voc import CLASSES, read_split
+from experiments.networks import CaffeNet
 
 CONFIGS = Path(voc_cls.__file__).parents[1] / "configs"
-INITS = sorted(path.stem for path in (CONFIGS / "init").glob("*.yaml"))
+INITS = sorted({path.stem for path in (CONFIGS / "init").glob("*.yaml")} - {"pretrained"})
+
+
+BOTH = (False, True)
 
 
 def config(*overrides):
@@ -103,6 +109,73 @@ def test_a_sweep_goes_on_after_an_error_and_skips_what_is_done(run, tmp_path):
     assert again.returncode == 0
     assert again.stdout.count("this run is done") == 2
     assert record_of(again) == str(records[1])
+
+
+def test_table1_runs_the_cells_that_the_paper_fills(run, tmp_path):
+    overrides = ("+sweep=table1", "init=kmeans", "init.within=false", "optimizer=adam", "train.iterations=5")
+    done = run("voc_cls.py", "-m", *overrides)
+    assert done.returncode == 0, done.stderr
+    skipped = "not run: table1 of the paper leaves this cell empty; published=null runs it too"
+    assert done.stdout.count(skipped) == 1  # between-layer scaling without batch normalization; no scaling has both
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/voc_cls/*/record.json")]
+    cells = [(record["config"]["init"]["between"], record["config"]["model"]["batch_norm"]) for record in records]
+    assert sorted(cells) == [(False, False), (False, True), (True, True)]
+
+
+def test_24_of_the_32_cells_of_table1_are_published():
+    cells = itertools.product(("gaussian", "kmeans"), BOTH, BOTH, ("sgd", "adam"), BOTH)
+    found = Counter()
+    for init, within, between, optimizer, batch_norm in cells:
+        cfg = config(
+            *("published=table1", f"init={init}", f"init.within={within}", f"init.between={between}"),
+            *(f"optimizer={optimizer}", f"model.batch_norm={batch_norm}"),
+        )
+        found[voc_cls.left_out(cfg) == ""] += 1
+    assert found == {True: 24, False: 8}
+
+
+def test_table3_names_the_files_that_are_not_there(run, tmp_path):
+    done = run("voc_cls.py", "-m", "+sweep=table3")
+    assert done.returncode == 0, done.stderr
+    for name in ("agrawal2015", "wang2015", "doersch2015", "krizhevsky2012"):
+        said = f"not run: data/weights/{name}.caffemodel is not there; its authors publish it at http"
+        assert done.stdout.count(said) == 2
+    assert not (tmp_path / "outputs" / "voc_cls").exists()
+
+    torch.save(CaffeNet(1000, input_size=67, width=0.25, fc=128).state_dict(), tmp_path / "a.pth")
+    settings = ("weights=krizhevsky2012", "init.weights=a.pth", "train.iterations=5", "init.images=60")
+    done = run("voc_cls.py", "-m", "+sweep=table3", *settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("14 parameters loaded") == 2
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/voc_cls/*/record.json")]
+    assert sorted(record["config"]["init"]["rescale"] for record in records) == [False, True]
+
+
+@pytest.mark.parametrize("model", ["vgg16", "googlenet"])
+def test_other_networks_learn_too(run, model):
+    done = run("voc_cls.py", f"model={model}", "init=gaussian", "init.images=40", "train.iterations=10")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(Path(record_of(done)).read_text())
+    assert record["config"]["model"]["input_size"] == 64
+    assert record["init_report"]["spread_after"] < 4 < 100 < record["init_report"]["spread_before"]
+
+
+def test_weights_from_a_file(run, tmp_path):
+    settings = ("init=pretrained", "train.iterations=5")
+    assert "pass init.weights=FILE" in error_of(run("voc_cls.py", *settings))
+    assert "No such file" in error_of(run("voc_cls.py", *settings, "init.weights=absent.pth"))
+    torch.manual_seed(0)
+    source = CaffeNet(1000, input_size=67, width=0.25, fc=128)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    spreads = []
+    for rescale in ("false", "true"):
+        done = run("voc_cls.py", *settings, "init.weights=weights.pth", f"init.rescale={rescale}")
+        assert done.returncode == 0, done.stderr
+        assert "14 parameters loaded\nnot in the file: fc8.weight, fc8.bias" in done.stdout
+        record = json.loads(Path(record_of(done)).read_text())
+        spreads.append(record["change_rate"]["spread"])
+        assert (record["init_report"] is None) == (rescale == "false")
+    assert spreads[1] < spreads[0] / 2
 
 
 # Killed and resumed.

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
+from experiments.engine.run import init_key
 from scripts import make_tables
 
 PAPER = make_tables.RESULTS / "paper"
@@ -97,7 +98,7 @@ def test_the_papers_rows_are_initializations_that_the_command_offers():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for init in {*table1["init"], *table2["init"], *make_tables.BASELINES}:
             config = compose("voc_cls", overrides=f"init={init}".split()).init
-            assert make_tables.row_key(config) == init
+            assert init_key(config) == init
             if init in scalings:
                 steps = {"none": (), "both": ("within", "between")}.get(scalings[init], (scalings[init],))
                 assert [step for step in ("within", "between") if config.get(step)] == [*steps]
@@ -119,7 +120,7 @@ RECORD = {
         "seed": 0,
         "threads": None,
         "init": KMEANS,
-        "model": {"width": 0.5, "batch_norm": False},
+        "model": {"_target_": make_tables.CAFFENET, "width": 0.5, "batch_norm": False},
         "optimizer": {"name": "sgd", "lr": 0.001},
         "data": {"name": "voc2007", "root": "data/VOCdevkit", "mean": [104, 117, 123]},
     },
@@ -177,6 +178,35 @@ def test_rows_are_means_over_seeds_beside_the_published_number(runs, tmp_path):
     assert "| Ours (k-means) | `kmeans` | 56.6 | 26.0 ± 2.6 | 27.0 ± 0.0 | 3 | 0 1 2 |" in text
     assert "| LSUV (Mishkin & Matas 2016) | `lsuv` |  | 20.0 | 22.0 | 1 | 0 |" in text
     assert all(f": {value}\n" in text for value in origin)
+
+
+def test_table1_has_a_column_for_each_optimizer_and_kind_of_filters(runs, tmp_path):
+    folder, add = runs
+    adam = {"name": "adam", "lr": 1e-4}
+    for seed, step in enumerate((0.24, 0.25, 0.29)):
+        add(f"k{seed}", seed=seed, config__seed=seed, metrics__map_step=step)
+    add("bn", config__model__batch_norm=True, metrics__map_step=0.3)
+    add("adam", config__optimizer=adam, config__init__between=False, metrics__map_step=0.2)
+    gaussian = {"name": "gaussian", "method": "initialize", "within": False, "between": False}
+    add("none", config__init=gaussian, metrics__map_step=0.1)
+    add("lsuv", config__init={"name": "lsuv", "method": "lsuv"})
+    tables = make(folder)
+    assert tables["table1.md"].partition("## Preset ")[2] == (
+        "mini\n\n"
+        "| scaling | SGD, gaussian | SGD, kmeans | SGD + BN, gaussian | SGD + BN, kmeans "
+        "| ADAM, gaussian | ADAM, kmeans | ADAM + BN, gaussian | ADAM + BN, kmeans |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| no scaling | 10.0 (50.8) | - (41.2) | - (51.6) | - (49.4) | - (50.9) | - (52.0) | - (55.7) | - (53.8) |\n"
+        "| Within-layer | - (47.6) | - (41.2) | - | - | - | 20.0 | - (53.2) | - (53.1) |\n"
+        "| Between-layer | - (52.7) | - (55.7) | - | - | - | - | - (54.5) | - (57.2) |\n"
+        "| Both | - (53.3) | 26.0 ± 2.6, n=3 (56.6) | - (56.6) | 30.0 (60.0) "
+        "| - (53.1) | - (56.9) | - (56.9) | - (59.8) |\n"
+    )
+    (tmp_path / "table1.csv").write_text(tables["table1.csv"])
+    rows = pd.read_csv(tmp_path / "table1.csv")
+    assert len(rows) == 32
+    assert rows["map_step"].count() == 4
+    assert "| - |" in make(tmp_path / "nothing")["table1.md"]
 
 
 def test_what_was_not_measured_is_an_empty_cell_in_the_papers_order(runs, tmp_path):
@@ -307,7 +337,7 @@ def test_the_command_writes_the_tables_or_says_what_is_wrong(runs, monkeypatch, 
     make_tables.main()
     written = {path.name: path.read_text() for path in (results / "tables").iterdir()}
     assert written == make(folder)
-    assert capsys.readouterr().out.splitlines() == [str(results / "tables" / name) for name in written]
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(str(results / "tables" / name) for name in written)
 
     (folder / "bad.json").write_text("{")
     with pytest.raises(SystemExit, match=r"error: .*bad\.json"):

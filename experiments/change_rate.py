@@ -1,0 +1,75 @@
+"""Draw how fast each layer of a network learns under various initializations (Krähenbühl et al. 2016, Figure 1).
+
+    python experiments/change_rate.py
+
+Writes figure1.png, its values as figure1.csv and what they were measured with as figure1.json. Every setting is in
+configs/change_rate.yaml.
+"""
+
+import io
+from pathlib import Path
+
+import hydra
+import matplotlib.pyplot as plt
+import pandas as pd
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+import initializers
+from experiments.data.download import prepare
+from experiments.data.images import ImageCache
+from experiments.data.voc import read_split
+from experiments.engine import run
+from experiments.engine.init import choose, set_weights
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="change_rate")
+@run.one_line_errors
+def main(cfg: DictConfig) -> None:
+    device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
+    prepare(cfg.data)
+    images, others = (images_of(cfg, split, part).to(device) for split, part in (("train", "init"), ("val", "rates")))
+
+    rates: dict[str, initializers.Rates] = {}
+    for line, init in tqdm(cfg.lines.items(), desc="initializations", disable=None):
+        model = instantiate(cfg.model).to(device)
+        set_weights(model, init, images, cfg.seed)
+        rates[line] = initializers.change_rate(model, others, seed=cfg.seed)
+
+    rows = [
+        {"line": line, "layer": layer, "mean": found.mean[layer], "cv": found.cv[layer], "spread": found.spread}
+        for line, found in rates.items()
+        for layer in found.layers
+    ]
+    table = pd.DataFrame(rows)
+    folder = Path(cfg.output)
+    with run.open_folder(folder):
+        run.write_bytes(folder / "figure1.png", draw(rates))
+        run.write_text(folder / "figure1.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        spreads = {line: found.spread for line, found in rates.items()}
+        run.write_record(folder / "figure1.json", cfg, device, data=cfg.data.name, spread=spreads)
+    print(table.pivot_table(index="line", columns="layer", values="mean", sort=False).to_string(float_format="%.4g"))
+    print("\nspread: " + ", ".join(f"{line} {spread:.4g}" for line, spread in spreads.items()))
+    print(folder / "figure1.png")
+
+
+def images_of(cfg: DictConfig, split: str, part: str):
+    """The images of one split that a part of the experiment looks at."""
+    cache = ImageCache.open(read_split(cfg.data.root, cfg.data[split]).image_paths, cfg.data.cache)
+    return choose(cfg, part, cache, range(len(cache)))
+
+
+def draw(rates: dict[str, initializers.Rates]) -> bytes:
+    """The figure, as PNG."""
+    axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")[1]
+    for line, found in rates.items():
+        found.plot(axes, label=line)
+    buffer = io.BytesIO()
+    axes[0].figure.savefig(buffer, format="png", dpi=150)
+    plt.close(axes[0].figure)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""How a configuration of `configs/init` initializes a network, and on which images."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+import initializers
+from experiments.data.images import ImageCache, crop, whole
+from experiments.networks import load_weights
+
+LOOKS_AT_IMAGES = ("initialize", "lsuv", "pretrained")  # the methods that need images
+
+
+def set_weights(model: nn.Module, init: Mapping, images: Tensor | None, seed: int) -> initializers.Report | None:
+    """Initialize `model` by the method of `init`, a function of `initializers` or `pretrained`, with its options.
+
+    Args:
+        images: for the methods of `LOOKS_AT_IMAGES`; the others ignore them.
+
+    Returns:
+        The report of the initialization; None if it looks at no images.
+    """
+    options = {key: value for key, value in init.items() if key not in ("name", "method", "images", "source")}
+    method = pretrained if init["method"] == "pretrained" else getattr(initializers, init["method"])
+    return method(model, *([images] if init["method"] in LOOKS_AT_IMAGES else []), seed=seed, **options)
+
+
+def pretrained(
+    model: nn.Module, images: Tensor, *, seed: int, weights: str | None, rescale: bool
+) -> initializers.Report | None:
+    """The weights of a file, and with `rescale` equal change rates (section 4.3); the report of the latter."""
+    if weights is None:
+        raise ValueError("init=pretrained takes its weights from a file: pass init.weights=FILE")
+    print(load_weights(model, weights, seed=seed))
+    return initializers.rescale(model, images, seed=seed) if rescale else None
+
+
+def choose(cfg: DictConfig, part: str, cache: ImageCache, among: Sequence[int]) -> Tensor:
+    """`cfg[part].images` of the images `among`, at random, each squashed to a square of the crop's size."""
+    count = cfg[part].images
+    if count > len(among):
+        raise ValueError(f"{part}.images={count}, but there are only {len(among)} to choose from: lower it")
+    generator = torch.Generator().manual_seed(cfg.seed)
+    index = torch.tensor(among)[torch.randperm(len(among), generator=generator)[:count]]
+    windows = whole(cache.heights.cpu()[index], cache.widths.cpu()[index])
+    return crop(cache, index, windows, cfg.crop.size, cfg.data.mean)

@@ -1,0 +1,151 @@
+"""Show what a network finds alike before it is trained (Krähenbühl et al. 2016, Figure 2).
+
+    python experiments/neighbors.py
+
+Writes figure2.png, the neighbours as figure2.csv and what they were found with as figure2.json. Every setting is in
+configs/neighbors.yaml.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import hydra
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from experiments.data.download import prepare
+from experiments.data.images import ImageCache, crop, whole
+from experiments.data.voc import Split, read_split
+from experiments.engine import run
+from experiments.engine.init import choose, set_weights
+
+THUMBNAIL = 120  # pixels
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="neighbors")
+@run.one_line_errors
+def main(cfg: DictConfig) -> None:
+    device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
+    prepare(cfg.data)
+    splits = {name: read_split(cfg.data.root, name) for name in (cfg.data.train, cfg.data.test, cfg.pool)}
+    caches = {name: ImageCache.open(split.image_paths, cfg.data.cache).to(device) for name, split in splits.items()}
+    pool, test = splits[cfg.pool], splits[cfg.data.test]
+    if not 0 < cfg.queries <= len(test.ids):
+        raise ValueError(f"queries={cfg.queries}: choose between 1 and the {len(test.ids)} images of {cfg.data.test}")
+    if not 0 < cfg.neighbors < len(pool.ids):
+        raise ValueError(f"neighbors={cfg.neighbors}: choose between 1 and {len(pool.ids) - 1}")
+    queries = torch.randperm(len(test.ids), generator=torch.Generator().manual_seed(cfg.seed))[: cfg.queries].tolist()
+    images = choose(cfg, "init", caches[cfg.data.train], range(len(splits[cfg.data.train].ids)))
+    same = torch.tensor([[test.ids[query] == image_id for image_id in pool.ids] for query in queries])
+
+    folder, found = Path(cfg.output), {}
+    with run.open_folder(folder):
+        for line, init in cfg.lines.items():
+            model = instantiate(cfg.model).to(device)
+            set_weights(model, init, images, cfg.seed)
+            path = folder / f"features-{digest(cfg, init)}.npy"
+            if not path.exists():
+                buffer = io.BytesIO()
+                np.save(buffer, features(cfg, model, caches[cfg.pool], range(len(pool.ids)), line).numpy())
+                run.write_bytes(path, buffer.getvalue())
+            known = F.normalize(torch.from_numpy(np.load(path)))
+            similar = F.normalize(features(cfg, model, caches[cfg.data.test], queries, f"{line}, queries")) @ known.T
+            found[line] = similar.masked_fill(same, -1).topk(cfg.neighbors)
+        table = pd.DataFrame([row for line in found for row in rows(line, test, queries, pool, *found[line])])
+        share = table.groupby("line", sort=False)["shares_a_class"].mean().to_dict()
+        run.write_bytes(folder / "figure2.png", draw(test, queries, pool, found))
+        run.write_text(folder / "figure2.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        run.write_record(folder / "figure2.json", cfg, device, data=cfg.data.name, shares_a_class=share)
+    print("neighbours that show a class of the query: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in share.items()))
+    print(folder / "figure2.png")
+
+
+def digest(cfg: DictConfig, init: Mapping) -> str:
+    """Of all that the features of the pool depend on, so that they are found again or else computed anew."""
+    settings = {name: cfg[name] for name in ("model", "layer", "pool", "seed", "init", "crop")}
+    settings |= {"images": cfg.data.root, "mean": cfg.data.mean, "train": cfg.data.train, "line": init}
+    settings = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
+    if init.get("weights"):
+        status = Path(init.weights).stat()
+        settings["weights"] = [status.st_size, status.st_mtime_ns]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+@torch.no_grad()
+def features(cfg: DictConfig, model: nn.Module, cache: ImageCache, index: Sequence[int], label: str) -> Tensor:
+    """What a layer gives for images squashed to a square, before what follows works in place: (images, values)."""
+    layers = dict(model.named_modules())
+    if cfg.layer not in layers:
+        names = ", ".join(name for name, module in layers.items() if name and not [*module.children()])
+        raise ValueError(f"layer={cfg.layer}: the network has {names}")
+    batches, kept = [], []
+    hook = layers[cfg.layer].register_forward_hook(lambda _, __, output: kept.append(output.flatten(1).cpu().clone()))
+    try:
+        for part in tqdm(torch.tensor(index).split(cfg.batch_size), desc=label, disable=None):
+            windows = whole(cache.heights.cpu()[part], cache.widths.cpu()[part])
+            model.eval()(crop(cache, part, windows, cfg.crop.size, cfg.data.mean))
+            batches.append(kept.pop())
+    finally:
+        hook.remove()
+    return torch.cat(batches).float()
+
+
+def rows(line: str, test: Split, queries: list[int], pool: Split, similarity: Tensor, index: Tensor) -> list[dict]:
+    """A row for each neighbour."""
+    return [
+        {
+            "line": line,
+            "query": test.ids[query],
+            "rank": rank + 1,
+            "neighbor": pool.ids[i],
+            "similarity": similarity[number, rank].item(),
+            "shares_a_class": bool(((test.labels[query] > 0) & (pool.labels[i] > 0)).any()),
+        }
+        for number, query in enumerate(queries)
+        for rank, i in enumerate(index[number].tolist())
+    ]
+
+
+def draw(test: Split, queries: list[int], pool: Split, found: dict[str, tuple[Tensor, Tensor]]) -> bytes:
+    """A row for each query, with the neighbours that each line finds side by side; as PNG."""
+    count = next(iter(found.values()))[1].shape[1]
+    widths = [1, *([0.15] + [1] * count) * len(found)]
+    figure, axes = plt.subplots(
+        len(queries), len(widths), figsize=(sum(widths), len(queries)), width_ratios=widths, squeeze=False
+    )
+    figure.subplots_adjust(0, 0, 1, 1 - 0.25 / len(queries), 0.03, 0.03)
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, query in enumerate(queries):
+        show(axes[number, 0], test.image_paths[query])
+        for group, (_, index) in enumerate(found.values()):
+            for rank, i in enumerate(index[number].tolist()):
+                show(axes[number, 2 + group * (count + 1) + rank], pool.image_paths[i])
+    axes[0, 0].set_title("query", fontsize=7)
+    for group, line in enumerate(found):
+        axes[0, 2 + group * (count + 1)].set_title(line, fontsize=7, loc="left")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def show(axis, path: Path) -> None:
+    """An image, squashed to a square as the network sees it."""
+    with Image.open(path) as image:
+        axis.imshow(image.convert("RGB").resize((THUMBNAIL, THUMBNAIL)))
+
+
+if __name__ == "__main__":
+    main()
