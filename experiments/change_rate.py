@@ -62,12 +62,15 @@ def images_of(cfg: DictConfig, split: str, part: str):
 
 def draw(rates: dict[str, initializers.Rates]) -> bytes:
     """The figure, as PNG."""
-    axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")[1]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for line, found in rates.items():
         found.plot(axes, label=line)
+    for axis in axes:
+        axis.get_legend().remove()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     buffer = io.BytesIO()
-    axes[0].figure.savefig(buffer, format="png", dpi=150)
-    plt.close(axes[0].figure)
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
     return buffer.getvalue()
 
 

@@ -2,7 +2,7 @@
 
     python experiments/neighbors.py
 
-Writes figure2.png, the neighbours as figure2.csv and what they were found with as figure2.json. Every setting is in
+Writes figure2.jpg, the neighbours as figure2.csv and what they were found with as figure2.json. Every setting is in
 configs/neighbors.yaml.
 """
 
@@ -64,11 +64,11 @@ def main(cfg: DictConfig) -> None:
             found[line] = similar.masked_fill(same, -1).topk(cfg.neighbors)
         table = pd.DataFrame([row for line in found for row in rows(line, test, queries, pool, *found[line])])
         share = table.groupby("line", sort=False)["shares_a_class"].mean().to_dict()
-        run.write_bytes(folder / "figure2.png", draw(test, queries, pool, found))
+        run.write_bytes(folder / "figure2.jpg", draw(test, queries, pool, found))
         run.write_text(folder / "figure2.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
         run.write_record(folder / "figure2.json", cfg, device, data=cfg.data.name, shares_a_class=share)
     print("neighbours that show a class of the query: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in share.items()))
-    print(folder / "figure2.png")
+    print(folder / "figure2.jpg")
 
 
 def digest(cfg: DictConfig, init: Mapping) -> str:
@@ -118,7 +118,7 @@ def rows(line: str, test: Split, queries: list[int], pool: Split, similarity: Te
 
 
 def draw(test: Split, queries: list[int], pool: Split, found: dict[str, tuple[Tensor, Tensor]]) -> bytes:
-    """A row for each query, with the neighbours that each line finds side by side; as PNG."""
+    """A row for each query, with the neighbours that each line finds side by side; as JPEG."""
     count = next(iter(found.values()))[1].shape[1]
     widths = [1, *([0.15] + [1] * count) * len(found)]
     figure, axes = plt.subplots(
@@ -136,7 +136,7 @@ def draw(test: Split, queries: list[int], pool: Split, found: dict[str, tuple[Te
     for group, line in enumerate(found):
         axes[0, 2 + group * (count + 1)].set_title(line, fontsize=7, loc="left")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="jpg", dpi=100, pil_kwargs={"quality": 85})
     plt.close(figure)
     return buffer.getvalue()
 

@@ -34,7 +34,7 @@ def test_the_figure_the_neighbours_and_the_record(find, demo, tmp_path):
     done = find()
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
-    assert done.stdout.splitlines()[-1] == str(out / "figure2.png")
+    assert done.stdout.splitlines()[-1] == str(out / "figure2.jpg")
     table = pd.read_csv(out / "figure2.csv", dtype={"query": str, "neighbor": str})
     assert len(table) == 2 * 5 * 3
     test, pool = read_split(demo / "set", "test"), read_split(demo / "set", "trainval")
@@ -46,7 +46,7 @@ def test_the_figure_the_neighbours_and_the_record(find, demo, tmp_path):
             assert row["shares_a_class"] == bool(((labels[0] > 0) & (labels[1] > 0)).any())
     record = json.loads((out / "figure2.json").read_text())
     assert record["shares_a_class"] == pytest.approx(table.groupby("line")["shares_a_class"].mean().to_dict())
-    with Image.open(out / "figure2.png") as image:
+    with Image.open(out / "figure2.jpg") as image:
         assert image.width > image.height > 400
 
     kept = {path: path.stat().st_mtime_ns for path in out.glob("features-*.npy")}
