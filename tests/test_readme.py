@@ -89,3 +89,22 @@ def test_families_are_those_of_the_table():
     rows = [row for row in (ROOT / "results/tables/families.md").read_text().splitlines() if row.startswith("| ")]
     assert len(rows) > 10
     assert all(row in README for row in rows)
+
+
+def test_the_spreads_of_figure_1_are_those_of_the_record():
+    spreads = json.loads((ROOT / "results/figures/figure1.json").read_text())["spread"]
+    text = " ".join(README.partition("### Change rates")[2].partition("\n## ")[0].split())
+    stated = {
+        "Gaussian (ours)": r"([\d.]+) for our Gaussian",
+        "k-means (ours)": r"([\d.]+) for our k-means",
+        "Gaussian .01": r"([\d.]+) for the Gaussian of std .01",
+        "Gaussian (caffe)": r"([\d.]+) for Caffe's hand-tuned one",
+        "k-means (unscaled)": r"([\d.]+) for unscaled k-means",
+        "Xavier": r"([\d.]+) for Xavier",
+        "MSRA": r"([\d.]+) for MSRA",
+        "LSUV": r"([\d.]+) for LSUV",
+    }
+    assert stated.keys() == spreads.keys()
+    for line, pattern in stated.items():
+        (value,) = re.findall(pattern, text)
+        assert value == f"{spreads[line]:.{1 if spreads[line] < 10 else 0}f}", line
