@@ -23,6 +23,7 @@ KMEANS_ITERATIONS = 10  # Coates & Ng (2012) find ten sufficient
 FEW_PATCHES = 1_000  # show that patches vary
 MEAN_PATCHES = 2_000  # show how much a group's patches vary apart from the direction of their mean
 MIN_REST = 0.05
+MIN_NORM = 1e-4  # of a whitened patch relative to the others'; below, it is rounding noise
 MIN_EIGENVALUE = 1e-6  # relative to the largest; below, a direction of the patches is rounding noise
 
 
@@ -135,10 +136,27 @@ def _from_patches(
     if kind == "pca":
         codes = _components(whitening, outputs, generator)
     else:
-        points = F.normalize(patches @ whitening, dim=2)
+        points = _unit(patches @ whitening)
         start = torch.randperm(points.shape[1], generator=generator, device=points.device)[:outputs]
         codes = points[:, start] if kind == "patches" else spherical_kmeans(points, start, generator)
+        zero = ~codes.any(2, keepdim=True)
+        if zero.any():  # patches that are the mean of their group have no direction
+            codes = torch.where(zero, _directions(whitening, outputs, generator), codes)
     return codes @ whitening.mT
+
+
+def _unit(points: Tensor) -> Tensor:
+    """The points (groups, points, dimension) at unit length, in place; those that are rounding noise become 0."""
+    norms = torch.linalg.vector_norm(points, dim=2, keepdim=True)
+    least = MIN_NORM * norms.square().mean(1, keepdim=True).sqrt()
+    return points.mul_(torch.where(norms > least, norms, torch.inf).reciprocal_())
+
+
+def _directions(whitening: Tensor, outputs: int, generator: torch.Generator) -> Tensor:
+    """Random unit vectors (groups, outputs, components) of the whitened space."""
+    groups, _, components = whitening.shape
+    present = whitening.abs().amax(1) > 0
+    return F.normalize(_randn((groups, outputs, components), generator) * present.unsqueeze(1), dim=2)
 
 
 def draw_patches(call: Call, inputs: list[Tensor], limit: int, generator: torch.Generator) -> Tensor:
@@ -224,9 +242,9 @@ def spherical_kmeans(points: Tensor, start: Tensor, generator: torch.Generator) 
 
 def _components(whitening: Tensor, outputs: int, generator: torch.Generator) -> Tensor:
     """Codes (groups, outputs, components): one component each; random directions once the components run out."""
-    groups, _, components = whitening.shape
+    components = whitening.shape[2]
     present = whitening.abs().amax(1) > 0
-    codes = F.normalize(_randn((groups, outputs, components), generator) * present.unsqueeze(1), dim=2)
+    codes = _directions(whitening, outputs, generator)
     rows = torch.arange(components, device=whitening.device)
     identity = torch.eye(components, device=whitening.device)
     codes[:, rows] = torch.where(present.unsqueeze(2), identity, codes[:, rows])

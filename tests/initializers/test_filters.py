@@ -6,7 +6,7 @@ from torch import nn
 
 from initializers import InitializationError, initialize
 from initializers._filters import DATA_DRIVEN, KINDS, _as_blocks, draw_filters, draw_patches, spherical_kmeans
-from initializers._layers import Layers, forward
+from initializers._layers import Call, Layer, Layers, forward
 
 LAYERS = {
     "plain": lambda: nn.Conv2d(6, 12, 3, bias=False),
@@ -418,3 +418,15 @@ def test_linear_layers_after_convolutions_are_gaussian(asked, convolution, linea
     assert [row.filters for row in initialize(model, images, asked).layers] == [convolution, linear, linear]
     report = initialize(nn.Sequential(nn.Flatten(), nn.Linear(108, 6), nn.ReLU(), nn.Linear(6, 5)), images, asked)
     assert [row.filters for row in report.layers] == [asked, asked]
+
+
+@pytest.mark.parametrize("kind", ["kmeans", "patches"])
+def test_patches_that_are_the_mean_make_no_filters(kind):
+    """As behind a ReLU, where most positions may be dead: such a patch has no direction, and a filter of it none."""
+    some = torch.randint(-8, 9, (10, 4), generator=generator()).float()
+    x = torch.cat([some, -some, torch.zeros(400, 4)])  # of which the mean is 0 exactly
+    layer = nn.Linear(4, 6)
+    blocks, note = draw_filters(kind, Call(Layer("layer", layer.weight, layer.bias)), [x], generator())
+    assert note == ""
+    std = (x @ blocks[0, :, :, 0].T).std(0)
+    assert (std > 0.1 * std.max()).all()
