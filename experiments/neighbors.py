@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiments.data.download import prepare
-from experiments.data.images import ImageCache, crop, whole
+from experiments.data.images import ImageCache, squash
 from experiments.data.voc import Split, read_split
 from experiments.engine import run
 from experiments.engine.init import choose, set_weights
@@ -93,8 +93,7 @@ def features(cfg: DictConfig, model: nn.Module, cache: ImageCache, index: Sequen
     hook = layers[cfg.layer].register_forward_hook(lambda _, __, output: kept.append(output.flatten(1).cpu().clone()))
     try:
         for part in tqdm(torch.tensor(index).split(cfg.batch_size), desc=label, disable=None):
-            windows = whole(cache.heights.cpu()[part], cache.widths.cpu()[part])
-            model.eval()(crop(cache, part, windows, cfg.crop.size, cfg.data.mean))
+            model.eval()(squash(cache, part, cfg.crop.size, cfg.data.mean))
             batches.append(kept.pop())
     finally:
         hook.remove()

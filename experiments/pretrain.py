@@ -23,8 +23,7 @@ from experiments.data.images import Crops, ImageCache, crop
 from experiments.data.voc import read_split
 from experiments.engine import run
 from experiments.engine.init import choose, set_weights
-from experiments.engine.optim import make_optimizer, step_policy
-from experiments.engine.trainer import train
+from experiments.engine.trainer import train_as
 
 POSITIONS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]  # of the second patch: down, right
 
@@ -51,18 +50,8 @@ def main(cfg: DictConfig) -> None:
             print(set_weights(trunk, cfg.init, images, cfg.seed) or "")
         torch.manual_seed(cfg.seed)  # of the last layer and of dropout
         model = Pairs(trunk).to(device)
-        train_seconds = train(
-            model,
-            F.cross_entropy,
-            PatchPairs(training, batch_size=cfg.train.batch_size, seed=cfg.seed, **options),
-            make_optimizer(model, cfg.optimizer),
-            iterations=cfg.train.iterations,
-            lr_at=step_policy(cfg.optimizer.lr, cfg.train.lr_gamma, cfg.train.lr_every),
-            clip_norm=cfg.train.clip_norm,
-            folder=folder,
-            log_every=cfg.train.log_every,
-            checkpoint_seconds=cfg.train.checkpoint_seconds,
-        )
+        pairs = PatchPairs(training, batch_size=cfg.train.batch_size, seed=cfg.seed, **options)
+        train_seconds = train_as(cfg, model, F.cross_entropy, pairs, folder)
         began = time.perf_counter()
         accuracy = evaluate(model, test, options, cfg.evaluate, cfg.seed)
         times = {"train": train_seconds, "evaluate": time.perf_counter() - began}

@@ -25,8 +25,7 @@ from experiments.data.voc import CLASSES, Split, read_split
 from experiments.engine import run
 from experiments.engine.init import choose, set_weights
 from experiments.engine.metrics import average_precision
-from experiments.engine.optim import make_optimizer, step_policy
-from experiments.engine.trainer import CropBatches, predict, train
+from experiments.engine.trainer import CropBatches, predict, train_as
 
 PAPER = Path(__file__).resolve().parents[1] / "results" / "paper"
 
@@ -54,18 +53,8 @@ def main(cfg: DictConfig) -> None:
 
         start = initialize(cfg, folder, model, training_cache, training)
         torch.manual_seed(cfg.seed)  # of dropout
-        train_seconds = train(
-            model,
-            multilabel_loss,
-            CropBatches(training_cache, training.labels, **crops, batch_size=cfg.train.batch_size, seed=cfg.seed),
-            make_optimizer(model, cfg.optimizer),
-            iterations=cfg.train.iterations,
-            lr_at=step_policy(cfg.optimizer.lr, cfg.train.lr_gamma, cfg.train.lr_every),
-            clip_norm=cfg.train.clip_norm,
-            folder=folder,
-            log_every=cfg.train.log_every,
-            checkpoint_seconds=cfg.train.checkpoint_seconds,
-        )
+        batches = CropBatches(training_cache, training.labels, **crops, batch_size=cfg.train.batch_size, seed=cfg.seed)
+        train_seconds = train_as(cfg, model, multilabel_loss, batches, folder)
 
         began = time.perf_counter()
         scores = predict(model, test_cache, **crops, **cfg.evaluate, seed=cfg.seed)

@@ -3,7 +3,6 @@
 python scripts/make_tables.py
 """
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -173,14 +172,13 @@ def table1(records: pd.DataFrame, paper: Path) -> dict[str, str]:
         for protocol, block in by_protocol(chosen).items() if len(chosen) else ():
             means = average(block)[["map_step", "map_step_std", "n"]]
             blocks.setdefault(protocol, []).append(cells.join(means, on="init", how="inner"))
-    texts, parts = [TABLE1], []
+    texts, parts = [], []
     for protocol, found in (blocks or {"paper": []}).items():
         measured = pd.concat(found)[["map_step", "map_step_std", "n"]] if found else None
         table = published if measured is None else published.join(measured)
         texts.append(f"## Preset {protocol}\n\n{table1_markdown(table, columns)}")
         parts.append(table.assign(preset=protocol))
-    csv = pd.concat(parts).drop(columns="source").to_csv(index=False, float_format="%.2f", lineterminator="\n")
-    return {"table1.md": "\n".join(texts), "table1.csv": csv}
+    return files("table1", TABLE1, texts, pd.concat(parts).drop(columns="source"))
 
 
 def table1_markdown(table: pd.DataFrame, columns: list[str]) -> str:
@@ -230,35 +228,46 @@ def table3(records: pd.DataFrame, paper: Path) -> dict[str, str]:
 def section44(records: pd.DataFrame, paper: Path) -> dict[str, str]:
     """Section 4.4: GoogLeNet and VGG-16, a block for each."""
     published = pd.read_csv(paper / "section4.4.csv")
-    text, csv = SECTION44, []
+    texts, parts = [], []
     for network, rows in published.groupby("network", sort=False):
         own = records if records.empty else records[records["config.model._target_"] == NETWORKS[network]]
         methods = {init: f"{network}, {init}" for init in rows["init"]}
-        numbers = rows.set_index("init")["classification"]
-        tables = comparison("table", "", own, methods, numbers)
-        text += tables["table.md"].replace("## Preset", f"## {network}, preset")
-        csv.append(pd.read_csv(io.StringIO(tables["table.csv"]), dtype=str).assign(network=network))
-    return {"section4.4.md": text, "section4.4.csv": pd.concat(csv).to_csv(index=False, lineterminator="\n")}
+        found = blocks(f"{network}, preset", own, methods, rows.set_index("init")["classification"])
+        texts += found[0]
+        parts.append(found[1].assign(network=network))
+    return files("section4.4", SECTION44, texts, pd.concat(parts))
 
 
 def comparison(
     name: str, text: str, records: pd.DataFrame, methods: dict[str, str], numbers: pd.Series
 ) -> dict[str, str]:
-    """Markdown and CSV of a table with a row for each initialization, first those of `methods`, key -> name.
+    """Markdown and CSV of a table with a row for each initialization; see `blocks`."""
+    return files(name, text, *blocks("Preset", records, methods, numbers))
+
+
+def blocks(
+    title: str, records: pd.DataFrame, methods: dict[str, str], numbers: pd.Series
+) -> tuple[list[str], pd.DataFrame]:
+    """Markdown of each protocol, and all rows: one for each initialization, first those of `methods`, key -> name.
 
     Args:
         numbers: what is published, by key.
     """
-    texts, parts = [text], []
+    texts, parts = [], []
     for protocol, block in by_protocol(records).items():
         rows = average(block)
         rows = rows.reindex([*methods, *rows.index.difference(list(methods))]).rename_axis("init")
         rows.insert(0, "method", [methods.get(init, init) for init in rows.index])
         rows.insert(1, "published", numbers.reindex(rows.index))
-        texts.append(f"## Preset {protocol}\n\n{markdown(rows)}{origin(block)}")
+        texts.append(f"## {title} {protocol}\n\n{markdown(rows)}{origin(block)}")
         parts.append(rows.reset_index().assign(preset=protocol))
-    csv = pd.concat(parts).to_csv(index=False, float_format="%.2f", lineterminator="\n")
-    return {f"{name}.md": "\n".join(texts), f"{name}.csv": csv}
+    return texts, pd.concat(parts)
+
+
+def files(name: str, text: str, texts: list[str], rows: pd.DataFrame) -> dict[str, str]:
+    """The Markdown and the CSV of a table."""
+    csv = rows.to_csv(index=False, float_format="%.2f", lineterminator="\n")
+    return {f"{name}.md": "\n".join([text, *texts]), f"{name}.csv": csv}
 
 
 def families_table(path: Path) -> dict[str, str]:

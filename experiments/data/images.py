@@ -198,6 +198,11 @@ def crop(cache: ImageCache, index: Tensor, crops: Crops, size: int, mean: Sequen
     return torch.stack(planes, dim=1)
 
 
+def squash(cache: ImageCache, index: Tensor, size: int, mean: Sequence[float]) -> Tensor:
+    """The whole images `index` (int64 (B,), on the CPU), each squashed to a square; see `crop`."""
+    return crop(cache, index, whole(cache.heights.cpu()[index], cache.widths.cpu()[index]), size, mean)
+
+
 def _samples(start: Tensor, length: Tensor, limit: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where `size` samples of each window lie along one axis, of `limit` pixels; all (B, size).
 

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import initializers
-from experiments.data.images import ImageCache, crop, whole
+from experiments.data.images import ImageCache, squash
 from experiments.networks import load_weights
 
 LOOKS_AT_IMAGES = ("initialize", "lsuv", "pretrained")  # the methods that need images
@@ -44,5 +44,4 @@ def choose(cfg: DictConfig, part: str, cache: ImageCache, among: Sequence[int]) 
         raise ValueError(f"{part}.images={count}, but there are only {len(among)} to choose from: lower it")
     generator = torch.Generator().manual_seed(cfg.seed)
     index = torch.tensor(among)[torch.randperm(len(among), generator=generator)[:count]]
-    windows = whole(cache.heights.cpu()[index], cache.widths.cpu()[index])
-    return crop(cache, index, windows, cfg.crop.size, cfg.data.mean)
+    return squash(cache, index, cfg.crop.size, cfg.data.mean)

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiments.data.images import Crops, ImageCache, crop, random_crops
 from experiments.engine import run
-from experiments.engine.optim import set_lr
+from experiments.engine.optim import make_optimizer, set_lr, step_policy
 
 CURVE_HEADER = "step,loss,lr,seconds"
 
@@ -76,6 +77,24 @@ class CropBatches:
         crops = _draw(self.cache, order, self.size, generator, self.options)
         device = self.cache.pixels.device
         self.epoch, self.order, self.crops = epoch, order.to(device), crops.to(device)
+
+
+def train_as(
+    cfg: DictConfig, model: nn.Module, loss: Callable, batches: Callable[[int], tuple[Tensor, Tensor]], folder: Path
+) -> float:
+    """`train` with the optimizer and the settings of a configuration, its `optimizer` and its `train`."""
+    return train(
+        model,
+        loss,
+        batches,
+        make_optimizer(model, cfg.optimizer),
+        iterations=cfg.train.iterations,
+        lr_at=step_policy(cfg.optimizer.lr, cfg.train.lr_gamma, cfg.train.lr_every),
+        clip_norm=cfg.train.clip_norm,
+        folder=folder,
+        log_every=cfg.train.log_every,
+        checkpoint_seconds=cfg.train.checkpoint_seconds,
+    )
 
 
 def train(
