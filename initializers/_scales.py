@@ -19,6 +19,7 @@ from initializers._rates import Measurement
 PINNED = 0  # the label of scales that may not change
 MAX_STEPS = 50  # of Newton's method; a chain needs one, GoogLeNet about six
 MAX_HALVINGS = 30
+MAX_EXPONENT = 60  # of two, for a scale
 
 
 @dataclass
@@ -135,19 +136,38 @@ class Scales:
         """Multiples of log 2 near the optimal log-scales u, changed one by one as long as the rates come closer."""
         classes = self._classes()
         sizes = classes.sum(1)
+        floors = torch.where(classes > 0, self._floors(), -math.inf).amax(1)
         logs, slopes = self._log_rates(measurement, u)
         slopes = slopes @ classes.T * math.log(2)
         exponents = classes @ u / sizes / math.log(2)
-        logs = logs + slopes @ (exponents.round() - exponents)
-        exponents = exponents.round()
+        rounded = exponents.round().maximum(floors)
+        logs = logs + slopes @ (rounded - exponents)
+        exponents = rounded
         while len(classes):
             candidates = torch.cat([logs.unsqueeze(1) + slopes, logs.unsqueeze(1) - slopes], 1)
-            variance, move = candidates.var(0, correction=0).min(0)
+            variances = candidates.var(0, correction=0)
+            variances[len(classes) :][exponents - 1 < floors] = math.inf
+            variance, move = variances.min(0)
             if variance > (1 - 1e-9) * logs.var(correction=0):
                 break
             exponents[move % len(classes)] += 1 if move < len(classes) else -1
             logs = candidates[:, move]
         return classes.T @ exponents * math.log(2)
+
+    def _floors(self) -> Tensor:
+        """The least exponent of two of each variable that a BatchNorm behind it takes without rounding anything.
+
+        Its eps cannot be scaled: sooner or later no v' makes v' + eps what it ought to be. Float64 (1 + variables,).
+        """
+        floors = torch.full((1 + self.variables,), -math.inf, dtype=torch.float64)
+        factors = torch.arange(0, -MAX_EXPONENT, -1, dtype=torch.float64).exp2().unsqueeze(1)
+        for norm in self.norms:
+            if norm.variance is not None:
+                variance, total = _scaled_variance(norm, factors)
+                exact = (variance + norm.eps == total).cumprod(0).sum(0).cpu()
+                least = (1.0 - exact).clamp_max(0).to(floors)
+                floors.scatter_reduce_(0, norm.incoming.expand_as(least), least, "amax")
+        return floors
 
     def _classes(self) -> Tensor:
         """Variables forced to be equal, float64 0 or 1 (classes, 1 + variables); without those that are pinned.
@@ -224,12 +244,9 @@ def _scale_norm(norm: Norm, u: Tensor) -> None:
     incoming, outgoing = u[norm.incoming].exp(), u[norm.output].exp().item()
     correction = 1.0
     if norm.variance is not None:
-        factor = incoming.to(norm.variance.device, torch.promote_types(norm.variance.dtype, torch.float32))
-        total = factor**2 * (norm.variance.to(factor.dtype) + norm.eps)
-        norm.mean.copy_(norm.mean * factor)
-        norm.variance.copy_((total - norm.eps).clamp_min(0))
-        # One step of refinement: rounding would otherwise show in networks that amplify it.
-        norm.variance.add_(total - (norm.variance + norm.eps)).clamp_(min=0)
+        variance, total = _scaled_variance(norm, incoming)
+        norm.mean.copy_(norm.mean * incoming.to(total))
+        norm.variance.copy_(variance)
         correction = ((norm.variance + norm.eps) / total).sqrt()
         if norm.weight is None and (total < norm.eps).any():
             raise InitializationError(
@@ -242,3 +259,15 @@ def _scale_norm(norm: Norm, u: Tensor) -> None:
         norm.weight.copy_(norm.weight * (outgoing * correction))
     if norm.bias is not None:
         norm.bias.mul_(outgoing)
+
+
+def _scaled_variance(norm: Norm, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The running variance v' of BatchNorm for an input that is `factor` times larger, and what v' + eps ought to be.
+
+    Both in the shape that the factor and the running variance have together; v' in the latter's dtype.
+    """
+    factor = factor.to(norm.variance.device, torch.promote_types(norm.variance.dtype, torch.float32))
+    total = factor**2 * (norm.variance.to(factor.dtype) + norm.eps)
+    variance = (total - norm.eps).clamp_min(0).to(norm.variance.dtype)
+    # One step of refinement: rounding would otherwise show in networks that amplify it.
+    return variance.add_(total - (variance + norm.eps)).clamp_(min=0), total

@@ -890,6 +890,39 @@ def test_scales_are_powers_of_two_where_rounding_is_amplified():
     assert not rescale(double, images.double()).powers_of_two
 
 
+class ChaosBehindBatchNorm(nn.Module):
+    """The same, where eps of a BatchNorm, which cannot be scaled, bounds how small its input may become."""
+
+    def __init__(self, depth=14, gain=10.0, width=8):
+        super().__init__()
+        self.gain = gain
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width, eps=1e-3) for _ in range(depth))
+
+    def forward(self, x):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = torch.sin(self.gain * norm(layer(x)))
+        return x
+
+
+def test_powers_of_two_stop_where_eps_would_show():
+    torch.manual_seed(0)
+    model, images = ChaosBehindBatchNorm().eval(), torch.randn(20, 8)
+    for norm in model.norms:
+        norm.running_var.uniform_(0.5, 2)
+        norm.running_mean.normal_()
+    with torch.no_grad():
+        before = model(images)
+    scales = trace_scales(record(Layers(model), (images,)), "estimate")
+    assert scales.equalising(_measured(Layers(model), (images,), 0)).min() < math.log(2**-6)
+    report = rescale(model, images)
+    assert report.powers_of_two
+    assert torch.equal(model(images), before)
+    assert min(row.scale for row in report.layers) == pytest.approx(2**-3)  # at 2^-4, some v' + eps would be rounded
+    assert all((norm.weight == 1).all() for norm in model.norms)
+    assert report.spread_after < report.spread_before / 100
+
+
 # The free scales by hand: for each layer the scale that goes out, and that which comes in (or of equal parts of its
 # input channels), as rows of coefficients of the free scales.
 one, two, three, four = np.eye(4)
