@@ -161,7 +161,12 @@ def measure(
         for left in reversed(range(draws)):
             noise = [eta[part].to(top[0])] if eta is not None else [_like(output, generator) for output in top]
             outputs = [output for *_, output in calls]
-            gradients = torch.autograd.grad(top, outputs, noise, allow_unused=True, retain_graph=left > 0)
+            try:
+                gradients = torch.autograd.grad(top, outputs, noise, allow_unused=True, retain_graph=left > 0)
+            except RuntimeError as error:
+                raise InitializationError(
+                    f"change rates need the gradient of the model's output, which fails: {error}"
+                ) from error
             uses: dict[str, list[tuple[Call, Tensor, Tensor]]] = {}
             for (call, x, _), gradient in zip(calls, gradients, strict=True):
                 if gradient is not None:

@@ -95,7 +95,10 @@ class Report:
                 f"relative change of the output {self.output_change:.1e}"
             )
         if self.powers_of_two:
-            lines.append("scales rounded to powers of two, as the network amplifies rounding")
+            lines.append(
+                "scales rounded to powers of two, as the network amplifies rounding: deep ones may, in another pass, "
+                "have other statistics than those that were set"
+            )
         if self.lrn == "estimate":
             lines.append("local response normalisation is left as it is, so that the output moves")
         elif self.lrn == "exact":

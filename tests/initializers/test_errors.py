@@ -294,6 +294,17 @@ def test_a_layer_that_the_output_ignores(model, images):
     check("layer 0: the output of the model does not depend on it", change_rate, model, images)
 
 
+def test_a_gradient_that_fails(model, images):
+    model[2] = Call(lambda x: x.exp_().sqrt() + x.mul_(0))  # what the square root needs is overwritten
+    for call in (change_rate, rescale):
+        check(
+            "change rates need the gradient of the model's output, which fails: .* modified by an inplace",
+            call,
+            model,
+            images,
+        )
+
+
 @pytest.fixture
 def constants(model):
     """The model with normalisations whose constants may be scaled."""

@@ -184,7 +184,8 @@ def test_the_lines_after_the_table():
     ]
     report.powers_of_two, report.lrn, report.kept = True, "exact", ["table", "rnn.weight"]
     assert str(report).splitlines()[6:] == [
-        "scales rounded to powers of two, as the network amplifies rounding",
+        "scales rounded to powers of two, as the network amplifies rounding: deep ones may, in another pass, "
+        "have other statistics than those that were set",
         "the constant alpha of the local response normalisations is scaled: keep it with the weights",
         "1: one thing; another",
         "not initialized: table, rnn.weight",
