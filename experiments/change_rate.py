@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 import initializers
 from experiments.data.download import prepare
-from experiments.data.images import ImageCache
-from experiments.data.voc import read_split
+from experiments.data.voc import open_split
 from experiments.engine import run
 from experiments.engine.init import choose, set_weights
 
@@ -56,7 +55,7 @@ def main(cfg: DictConfig) -> None:
 
 def images_of(cfg: DictConfig, split: str, part: str):
     """The images of one split that a part of the experiment looks at."""
-    cache = ImageCache.open(read_split(cfg.data.root, cfg.data[split]).image_paths, cfg.data.cache)
+    _, cache = open_split(cfg.data, cfg.data[split], "cpu")
     return choose(cfg, part, cache, range(len(cache)))
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from experiments.data.download import prepare
 from experiments.data.images import ImageCache, squash
-from experiments.data.voc import Split, read_split
+from experiments.data.voc import Split, open_split
 from experiments.engine import run
 from experiments.engine.init import choose, set_weights
 
@@ -38,15 +38,15 @@ THUMBNAIL = 120  # pixels
 def main(cfg: DictConfig) -> None:
     device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
     prepare(cfg.data)
-    splits = {name: read_split(cfg.data.root, name) for name in (cfg.data.train, cfg.data.test, cfg.pool)}
-    caches = {name: ImageCache.open(split.image_paths, cfg.data.cache).to(device) for name, split in splits.items()}
-    pool, test = splits[cfg.pool], splits[cfg.data.test]
+    training = open_split(cfg.data, cfg.data.train, device)[1]
+    test, test_cache = open_split(cfg.data, cfg.data.test, device)
+    pool, pool_cache = open_split(cfg.data, cfg.pool, device)
     if not 0 < cfg.queries <= len(test.ids):
         raise ValueError(f"queries={cfg.queries}: choose between 1 and the {len(test.ids)} images of {cfg.data.test}")
     if not 0 < cfg.neighbors < len(pool.ids):
         raise ValueError(f"neighbors={cfg.neighbors}: choose between 1 and {len(pool.ids) - 1}")
     queries = torch.randperm(len(test.ids), generator=torch.Generator().manual_seed(cfg.seed))[: cfg.queries].tolist()
-    images = choose(cfg, "init", caches[cfg.data.train], range(len(splits[cfg.data.train].ids)))
+    images = choose(cfg, "init", training, range(len(training)))
     same = torch.tensor([[test.ids[query] == image_id for image_id in pool.ids] for query in queries])
 
     folder, found = Path(cfg.output), {}
@@ -57,10 +57,10 @@ def main(cfg: DictConfig) -> None:
             path = folder / f"features-{digest(cfg, init)}.npy"
             if not path.exists():
                 buffer = io.BytesIO()
-                np.save(buffer, features(cfg, model, caches[cfg.pool], range(len(pool.ids)), line).numpy())
+                np.save(buffer, features(cfg, model, pool_cache, range(len(pool_cache)), line).numpy())
                 run.write_bytes(path, buffer.getvalue())
             known = F.normalize(torch.from_numpy(np.load(path)))
-            similar = F.normalize(features(cfg, model, caches[cfg.data.test], queries, f"{line}, queries")) @ known.T
+            similar = F.normalize(features(cfg, model, test_cache, queries, f"{line}, queries")) @ known.T
             found[line] = similar.masked_fill(same, -1).topk(cfg.neighbors)
         table = pd.DataFrame([row for line in found for row in rows(line, test, queries, pool, *found[line])])
         share = table.groupby("line", sort=False)["shares_a_class"].mean().to_dict()

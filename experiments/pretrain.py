@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 
 import hydra
-import numpy as np
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
@@ -19,8 +18,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from experiments.data.download import prepare
-from experiments.data.images import Crops, ImageCache, crop
-from experiments.data.voc import read_split
+from experiments.data.images import Crops, ImageCache, crop, seeded
+from experiments.data.voc import open_split
 from experiments.engine import run
 from experiments.engine.init import choose, set_weights
 from experiments.engine.trainer import train_as
@@ -39,10 +38,7 @@ def main(cfg: DictConfig) -> None:
     device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
     with run.open_folder(folder):
         prepare(cfg.data)
-        training, test = (
-            ImageCache.open(read_split(cfg.data.root, cfg.data[split]).image_paths, cfg.data.cache).to(device)
-            for split in ("train", "test")
-        )
+        training, test = (open_split(cfg.data, cfg.data[part], device)[1] for part in ("train", "test"))
         options = {"size": cfg.crop.size, "mean": tuple(cfg.data.mean), **cfg.patches}
         trunk = instantiate(cfg.model).to(device)
         if not run.has_checkpoint(folder):
@@ -123,9 +119,7 @@ class PatchPairs:
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Pairs (batch_size, 2, 3, size, size) and positions int64 (batch_size,) of iteration `step`."""
-        generator = torch.Generator().manual_seed(
-            np.random.SeedSequence([self.seed, step]).generate_state(1).item()  # 32 bits, all that torch looks at
-        )
+        generator = seeded(self.seed, step)
         index = torch.randint(len(self.cache), (self.batch_size,), generator=generator)
         position = torch.randint(len(POSITIONS), (self.batch_size,), generator=generator)
         windows = self.windows(self.heights[index].double(), self.widths[index].double(), position, generator)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import initializers
 from experiments.data.download import prepare
 from experiments.data.images import ImageCache
-from experiments.data.voc import CLASSES, Split, read_split
+from experiments.data.voc import CLASSES, Split, open_split, read_split
 from experiments.engine import run
 from experiments.engine.init import choose, set_weights
 from experiments.engine.metrics import average_precision
@@ -44,10 +44,8 @@ def main(cfg: DictConfig) -> None:
     device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
     with run.open_folder(folder):
         prepare(cfg.data)
-        training, test = (read_split(cfg.data.root, cfg.data[split]) for split in ("train", "test"))
-        training_cache, test_cache = (
-            ImageCache.open(split.image_paths, cfg.data.cache).to(device) for split in (training, test)
-        )
+        training, training_cache = open_split(cfg.data, cfg.data.train, device)
+        test, test_cache = open_split(cfg.data, cfg.data.test, device)
         crops = {"mean": tuple(cfg.data.mean), **cfg.crop}
         model = instantiate(cfg.model).to(device)
 
@@ -135,7 +133,7 @@ def initialize(cfg: DictConfig, folder: Path, model: nn.Module, cache: ImageCach
 def left_out(cfg: DictConfig) -> str:
     """Why a cell of the paper's table `cfg.published` is left out: empty there, or without its weights; else ''."""
     if cfg.init.method == "pretrained":
-        absent = not Path(cfg.init.weights).exists()
+        absent = cfg.init.weights is not None and not Path(cfg.init.weights).exists()
         return f"{cfg.init.weights} is not there; its authors publish it at {cfg.init.source}" if absent else ""
     table = pd.read_csv(PAPER / f"{cfg.published}.csv")
     same = (table["init"] == run.init_key(cfg.init)) & (table["optimizer"] == cfg.optimizer.name)

@@ -16,6 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator of random numbers that depends on all the numbers."""
+    # Mixed into 32 bits, which is all that torch's generator looks at.
+    return torch.Generator().manual_seed(np.random.SeedSequence(numbers).generate_state(1).item())
+
+
 @dataclass(frozen=True, eq=False)
 class ImageCache:
     """N decoded images of any sizes, one after the other.

@@ -4,12 +4,15 @@ The devkit is the folder `VOC2007` with `JPEGImages/`, `Annotations/` and `Image
 Everingham et al., "The PASCAL Visual Object Classes Challenge 2007 (VOC2007) Development Kit".
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
+
+from experiments.data.images import ImageCache
 
 # fmt: off
 CLASSES = (
@@ -102,6 +105,16 @@ def read_split(root: str | Path, split: str) -> Split:
         labels=torch.tensor(labels, dtype=torch.int8).T.contiguous(),
         image_paths=[images / f"{image_id}.jpg" for image_id in ids],
     )
+
+
+def open_split(data: Mapping, split: str, device: torch.device | str) -> tuple[Split, ImageCache]:
+    """A split of the images of `configs/data`, and their pixels on a device.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `read_split`.
+    """
+    found = read_split(data["root"], split)
+    return found, ImageCache.open(found.image_paths, data["cache"]).to(device)
 
 
 def read_objects(root: str | Path, image_id: str) -> Objects:

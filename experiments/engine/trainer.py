@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments.data.images import Crops, ImageCache, crop, random_crops
+from experiments.data.images import Crops, ImageCache, crop, random_crops, seeded
 from experiments.engine import run
 from experiments.engine.optim import make_optimizer, set_lr, step_policy
 
@@ -70,9 +69,7 @@ class CropBatches:
         return crop(self.cache, index, _take(self.crops, part), self.size, self.mean), self.targets[index]
 
     def _start(self, epoch: int) -> None:
-        # Mixed into 32 bits, which is all that torch's generator looks at.
-        seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1).item()
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(self.seed, epoch)
         order = torch.randperm(len(self.cache), generator=generator)
         crops = _draw(self.cache, order, self.size, generator, self.options)
         device = self.cache.pixels.device
