@@ -74,6 +74,7 @@ class _Tracer:
             **dict.fromkeys(_MOVING | {"pad"}, self._move),
             **dict.fromkeys(_HOMOGENEOUS, self._carry),
             **dict.fromkeys(_POOLING, self._pool),
+            **dict.fromkeys(("roi_pool", "roi_align"), self._roi_pool),
             **dict.fromkeys(_REDUCING, self._reduce),
             **dict.fromkeys(_ADDING, self._add),
             **dict.fromkeys(_MULTIPLYING, self._multiply),
@@ -229,6 +230,14 @@ class _Tracer:
         digits = [int(letter) for letter in operation.name if letter.isdigit()]
         spatial = range(labels.ndim - digits[0] if digits else 2, labels.ndim)
         return [self._uniform(labels, spatial).expand(self._shape(operation))]
+
+    def _roi_pool(self, operation: Operation) -> list[Tensor]:
+        """torchvision's: a region of some image and position, the channels stay. What else comes out is indices."""
+        maps, *regions = operation.inputs
+        for index in regions:
+            self._pin(self._of(Ref(index)))
+        pooled = self._uniform(self._of(Ref(maps)), (0, 2, 3)).expand(self._shape(operation))
+        return [pooled, *(_full(PINNED, self.graph.shapes[index]) for index in operation.outputs[1:])]
 
     def _reduce(self, operation: Operation) -> list[Tensor]:
         labels, shape = self._of(operation.args[0]), self._shape(operation)

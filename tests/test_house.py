@@ -85,8 +85,10 @@ def test_import_initializers_loads_no_optional_package():
 def test_every_import_of_the_experiments_is_declared():
     declared = {Requirement(line).name for line in [*PROJECT["dependencies"], *EXTRAS["experiments"]]}
     modules = {"scikit-learn": "sklearn", "hydra-core": "hydra", "pillow": "PIL", "protobuf": "google"}
-    allowed = {modules.get(name, name) for name in declared} | {"initializers", "experiments"}
+    modules["opencv-contrib-python-headless"] = "cv2"
+    allowed = {modules.get(name, name) for name in declared} | {"initializers", "detection", "experiments"}
     assert "torch" in imported("experiments")
+    assert imported("detection") <= allowed - {"experiments"}  # dependencies point one way
     bench = {(Requirement(line).name, True) for line in EXTRAS["bench"]}  # not pinned, as no test runs what needs it
     inside = {(package, inside) for _, package, inside in imports("scripts")}
     assert imported("experiments") | {package for package, _ in inside - bench} <= allowed

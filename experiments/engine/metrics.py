@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
+from detection.evaluation import eleven_points
+
 
 def average_precision(scores: torch.Tensor, labels: torch.Tensor) -> dict:
     """Average precision per class and its mean, by two definitions that differ by about two points.
@@ -63,5 +65,4 @@ def _eleven_point(present: np.ndarray, score: np.ndarray) -> float:
     precision, recall, _ = precision_recall_curve(present, score)
     # scikit-learn ends the curve with a point that no ranking reaches, precision 1 at recall 0.
     precision, recall = precision[:-1], recall[:-1]
-    # k / 10, not k * 0.1: a recall of exactly 3/10 must count as 0.3.
-    return float(np.mean([precision[recall >= k / 10].max() for k in range(11)]))
+    return eleven_points(recall, precision)

@@ -90,7 +90,7 @@ def run_folder(cfg: DictConfig) -> Path:
     config = OmegaConf.to_container(cfg, resolve=True)
     for key in NOT_IDENTITY:
         *parents, leaf = key.split(".")
-        functools.reduce(dict.__getitem__, parents, config).pop(leaf)
+        functools.reduce(dict.__getitem__, parents, config).pop(leaf, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
     return Path(cfg.output) / cfg.experiment / f"{cfg.preset}-{cfg.init.name}-seed{cfg.seed}-{digest}"
 

@@ -76,9 +76,7 @@ class CropBatches:
         self.epoch, self.order, self.crops = epoch, order.to(device), crops.to(device)
 
 
-def train_as(
-    cfg: DictConfig, model: nn.Module, loss: Callable, batches: Callable[[int], tuple[Tensor, Tensor]], folder: Path
-) -> float:
+def train_as(cfg: DictConfig, model: nn.Module, loss: Callable, batches: Callable[[int], tuple], folder: Path) -> float:
     """`train` with the optimizer and the settings of a configuration, its `optimizer` and its `train`."""
     return train(
         model,
@@ -96,13 +94,13 @@ def train_as(
 
 def train(
     model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    batches: Callable[[int], tuple[Tensor, Tensor]],
+    loss: Callable,
+    batches: Callable[[int], tuple],
     optimizer: torch.optim.Optimizer,
     *,
     iterations: int,
     lr_at: Callable[[int], float],
-    clip_norm: float,
+    clip_norm: float | None,
     folder: Path,
     log_every: int = 100,
     checkpoint_seconds: float = 60,
@@ -117,11 +115,12 @@ def train(
     Args:
         model: on its device.
         loss: (output, targets) -> scalar.
-        batches: iteration, from 0, -> (inputs, targets), and the same for the same iteration.
+        batches: iteration, from 0, -> (inputs, targets), and the same for the same iteration. A tuple of inputs are
+            several arguments of the model.
         optimizer: from `make_optimizer`.
         lr_at: iteration -> learning rate, before the groups' multipliers.
         folder: of the run; it exists.
-        clip_norm: gradients of a larger global L2 norm are scaled down to it, before weight decay (Caffe).
+        clip_norm: gradients of a larger global L2 norm are scaled down to it, before weight decay (Caffe); None: never.
 
     Returns:
         Seconds of training, those before an interruption included.
@@ -147,9 +146,10 @@ def train(
             set_lr(optimizer, lr)
             inputs, targets = batches(step)
             optimizer.zero_grad()
-            value = loss(model(inputs), targets)
+            value = loss(model(*inputs) if isinstance(inputs, tuple) else model(inputs), targets)
             value.backward()
-            nn.utils.clip_grad_norm_(parameters, clip_norm)
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, clip_norm)
             optimizer.step()
             total += value.detach()
             bar.update()

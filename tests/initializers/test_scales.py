@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import roi_align, roi_pool
 
 from experiments.networks.caffenet import CaffeNet
 from initializers import InitializationError, initialize, rescale
@@ -121,6 +122,12 @@ def tokens(x):
     return x.flatten(2).mT
 
 
+def regions(x):
+    """A box on each image, (N, 5)"""
+    number = torch.arange(len(x), dtype=x.dtype).unsqueeze(1)
+    return torch.cat([number, torch.tensor([[0.0, 1, 4, 5]], dtype=x.dtype).expand(len(x), 4)], 1)
+
+
 def pooled(x):
     """(N, channels)"""
     return x.mean((2, 3))
@@ -141,6 +148,7 @@ CARRIES = {
     "lp pool": lambda m, x: F.lp_pool2d(x, 2.0, 2),
     "pool over positions": lambda m, x: F.max_pool1d(x.flatten(2), 3),
     "dropout": lambda m, x: F.dropout2d(F.dropout(x, 0.5, training=False), training=False),
+    "regions": lambda m, x: roi_pool(x, regions(x), 3) + roi_align(x, regions(x), 3),
     "adaptive": lambda m, x: F.adaptive_avg_pool2d(F.adaptive_max_pool2d(x, 5), 4),
     "flatten": lambda m, x: torch.flatten(x, 1),
     "view": lambda m, x: x.contiguous().view(x.size(0), -1),

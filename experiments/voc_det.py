@@ -1,0 +1,209 @@
+"""Train and test Fast R-CNN on PASCAL VOC 2007 detection (Krähenbühl et al. 2016, Tables 2 and 3).
+
+    python experiments/voc_det.py init=kmeans
+
+Every setting is in configs/voc_det.yaml and the groups beside it. A run that was killed goes on when the same
+command is given again. The last line printed is the path of the result record.
+"""
+
+import hashlib
+import io
+import json
+import time
+from pathlib import Path
+
+import hydra
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+from tqdm import tqdm
+
+import detection
+from detection import Detections, FastRCNN, Proposals, RoIs, Truth
+from experiments.data.download import prepare
+from experiments.data.images import ImageCache
+from experiments.data.regions import RoIBatches, scale_of, scaled, squashed
+from experiments.data.voc import CLASSES, Objects, Split, open_split, read_objects
+from experiments.engine import run
+from experiments.engine.init import LOOKS_AT_IMAGES, set_weights
+from experiments.engine.trainer import train_as
+
+PUBLISHED = "data/selective_search_data"  # where rbgirshick/fast-rcnn unpacks its proposals
+THRESHOLDS = (0.5, 0.7)  # IoU at which the recall of the proposals is told
+FIRST_PIXEL = 1  # the devkit counts from 1
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="voc_det")
+@run.one_line_errors
+def main(cfg: DictConfig) -> None:
+    folder = run.run_folder(cfg)
+    record = folder / "record.json"
+    if record.exists():
+        print(f"this run is done; to run it again, delete its folder\n{record}")
+        return
+    device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
+    with run.open_folder(folder):
+        prepare(cfg.data)
+        training, cache = open_split(cfg.data, cfg.data.train, device)
+        test, test_cache = open_split(cfg.data, cfg.data.test, device)
+        objects, truth = (objects_of(cfg, split) for split in (training, test))
+        proposals, recall = proposals_of(cfg, cfg.data.train, training, cache, objects)
+        test_proposals, test_recall = proposals_of(cfg, cfg.data.test, test, test_cache, truth)
+
+        rois = detection.make_rois(proposals, [(found.boxes, found.classes) for found in objects])
+        model = FastRCNN(instantiate(cfg.model), len(CLASSES), **cfg.detector).to(device)
+        statistics = rois.target_statistics(len(CLASSES))
+        model.target_mean.copy_(statistics[0])
+        model.target_std.copy_(statistics[1])
+        start = initialize(cfg, folder, model, cache, rois)
+        torch.manual_seed(cfg.seed)  # of dropout
+        batches = RoIBatches(cache, rois, **cfg.batch, statistics=statistics, seed=cfg.seed, mean=cfg.mean)
+        train_seconds = train_as(cfg, model, detection.fast_rcnn_loss, batches, folder)
+
+        began = time.perf_counter()
+        found = detect_all(cfg, model, test_cache, test_proposals)
+        precision = detection.voc_ap(found, truth, len(CLASSES))
+        metrics = {name: precision[name] for name in ("map_voc11", "map_area")}
+        metrics |= detection.coco_ap(found, truth, len(CLASSES))
+        times = {"init": start["seconds"], "train": train_seconds, "evaluate": time.perf_counter() - began}
+
+        detection.write_detections(folder, test.ids, CLASSES, found)
+        run.write_bytes(folder / "detections.jpg", draw(test, found, cfg.evaluate.pictures))
+        per_class = pd.DataFrame({kind: precision[kind] for kind in ("voc11", "area")}, index=CLASSES)
+        side = int(torch.minimum(test_cache.heights, test_cache.widths).median())
+        run.write_record(
+            record,
+            cfg,
+            device,
+            data=f"{cfg.data.name}, {len(cache)} + {len(test_cache)} images, short side {side} px",
+            proposals={cfg.data.train: recall, cfg.data.test: test_recall},
+            metrics=metrics,
+            per_class=per_class.astype(object).where(per_class.notna(), None).T.to_dict(),
+            times=times,
+            curve="curve.csv",
+            init_report=start["report"],
+        )
+    per_class.loc["mean"] = [metrics["map_voc11"], metrics["map_area"]]
+    print(f"\naverage precision on {cfg.data.test} of {cfg.data.name}, percent")
+    print((100 * per_class).to_string(float_format="%.1f"))
+    print(", ".join(f"{name} {100 * metrics[name]:.1f} %" for name in ("coco_ap", "coco_ap50")))
+    print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in times.items()))
+    print(record)
+
+
+def objects_of(cfg: DictConfig, split: Split) -> list[Truth]:
+    """The objects of all images of a split, their pixels counted from 0."""
+
+    def truth(found: Objects) -> Truth:
+        return Truth(found.boxes - FIRST_PIXEL, found.classes, found.difficult)
+
+    return [truth(read_objects(cfg.data.root, image_id)) for image_id in tqdm(split.ids, "objects", disable=None)]
+
+
+def proposals_of(
+    cfg: DictConfig, name: str, split: Split, cache: ImageCache, truth: list[Truth]
+) -> tuple[Proposals, dict]:
+    """The proposals of a split, from the file that is configured or published, or else computed; and how good they are.
+
+    Raises:
+        ValueError: OpenCV is not there to compute them; others as of `read_proposals`.
+    """
+    given = Path(cfg.proposals or PUBLISHED)
+    if given.is_dir():
+        given /= f"voc_2007_{name}.mat"
+    if cfg.proposals is None and not given.exists():
+        key = hashlib.sha256(repr([str(path) for path in split.image_paths]).encode()).hexdigest()[:8]
+        given = Path(cfg.data.cache) / f"selective-search-{name}-{key}.npz"
+        if not given.exists():
+            try:
+                detection.compute_proposals(split.image_paths, given)
+            except ImportError as error:
+                raise ValueError(str(error)) from error
+    proposals = detection.read_proposals(given, split.ids, cache.heights, cache.widths)
+    counted = [found.boxes[~found.difficult] for found in truth]
+    about = {"file": given.name, "per_image": len(proposals.boxes) / len(proposals)}
+    about |= {f"recall_{threshold}": detection.recall(proposals, counted, threshold) for threshold in THRESHOLDS}
+    text = ", ".join(f"{100 * about[f'recall_{threshold}']:.1f} % at IoU {threshold}" for threshold in THRESHOLDS)
+    print(f"{name}: {about['per_image']:.0f} proposals an image from {given}, recall {text}", flush=True)
+    return proposals, about
+
+
+def initialize(cfg: DictConfig, folder: Path, model: FastRCNN, cache: ImageCache, rois: RoIs) -> dict:
+    """Initialize `model` on images with their RoIs; print and write to `init.json` what came of it.
+
+    A run that goes on has its weights in a checkpoint: nothing is done then but reading that file.
+
+    Returns:
+        `report` of the initialization (None if it looks at no images) and its `seconds`.
+    """
+    path = folder / "init.json"
+    if run.has_checkpoint(folder):
+        return json.loads(path.read_text())
+    images = None
+    if cfg.init.method in LOOKS_AT_IMAGES:
+        each, foreground = cfg.batch.per_batch // cfg.batch.images, cfg.batch.foreground
+        images = squashed(
+            cache,
+            rois,
+            images=cfg.init.images,
+            each=each,
+            size=cfg.evaluate.short,
+            foreground=foreground,
+            mean=cfg.mean,
+            seed=cfg.seed,
+        )
+    began = time.perf_counter()
+    report = set_weights(model, cfg.init, images, cfg.seed)
+    if cfg.new_layers == "fast_rcnn":
+        model.reset_outputs(cfg.seed)
+    elif cfg.new_layers != "initialized":
+        raise ValueError(f"new_layers={cfg.new_layers}: choose fast_rcnn or initialized")
+    seconds = time.perf_counter() - began
+    if report is not None:
+        print(report, flush=True)
+    start = {"report": None if report is None else report.to_dict(), "seconds": seconds}
+    run.write_json(path, start)
+    return start
+
+
+def detect_all(cfg: DictConfig, model: FastRCNN, cache: ImageCache, proposals: Proposals) -> Detections:
+    """Detections in all images, at one scale."""
+    model.eval()
+    found = []
+    for image in tqdm(range(len(cache)), "detect", unit=" images", mininterval=1):
+        height, width = int(cache.heights[image]), int(cache.widths[image])
+        scale = scale_of(height, width, cfg.evaluate.short, cfg.evaluate.longest)
+        picture = scaled(cache, image, scale, cfg.mean)
+        options = {"nms_threshold": cfg.evaluate.nms_threshold, "limit": cfg.evaluate.limit}
+        found.append(detection.detect(model, picture, proposals[image], scale, height, width, **options))
+    return Detections.of(found)
+
+
+def draw(split: Split, found: Detections, count: int) -> bytes:
+    """The best detections in images evenly spread over the split: all above a score of 0.5, or else one; as JPEG."""
+    columns = 4
+    figure, axes = plt.subplots(-(-count // columns), columns, figsize=(12, 3 * -(-count // columns)), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image in zip(axes.flat, range(0, len(split.ids), max(1, len(split.ids) // count)), strict=False):
+        with Image.open(split.image_paths[image]) as picture:
+            axis.imshow(picture.convert("RGB"))
+        rows = (found.images == image).nonzero().flatten()
+        rows = rows[found.scores[rows].argsort(descending=True)]
+        for row in rows[: max(1, int((found.scores[rows] > 0.5).sum()))].tolist():
+            x1, y1, x2, y2 = found.boxes[row].tolist()
+            axis.add_patch(plt.Rectangle((x1, y1), x2 - x1 + 1, y2 - y1 + 1, fill=False, color="red"))
+            label = f"{CLASSES[found.classes[row]]} {found.scores[row]:.2f}"
+            axis.text(x1, y1, label, color="white", fontsize=7, backgroundcolor=(1, 0, 0, 0.6))
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="jpg", dpi=80, pil_kwargs={"quality": 85})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    main()
