@@ -1,22 +1,30 @@
 """Time a training step of the trainer against the bare forward, backward and SGD step on fixed tensors; in one run.
 
-    python scripts/bench_train.py                 # real images: set VOC_ROOT, or have data/VOCdevkit
+    python scripts/bench_train.py                    # real images: set VOC_ROOT, or have data/VOCdevkit
+    python scripts/bench_train.py proposals=FILE     # of detection, as for experiments/voc_det.py
 
-The network and the crops are those of preset=mini. Writes results/bench/train.json; what counts is the ratio.
+Networks and batches of classification and detection are those of preset=mini. Writes results/bench/train.json; what
+counts is the ratio.
 """
 
-import os
+import itertools
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
 
-from experiments.data.images import ImageCache
-from experiments.data.voc import read_split
+import detection
+from experiments import voc_det
+from experiments.data.regions import RoIBatches
+from experiments.data.voc import CLASSES, open_split
 from experiments.engine.optim import make_optimizer, step_policy
 from experiments.engine.run import device_name, versions, write_json
 from experiments.engine.trainer import CropBatches, train
@@ -24,56 +32,78 @@ from experiments.voc_cls import multilabel_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "bench" / "train.json"
-STEPS = 1000
+STEPS = {"classification": 1000, "detection": 300}
+FIXED = 50  # batches that the bare steps repeat
 
 
 def main() -> None:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("voc_cls", overrides=["preset=mini"])
-    split = read_split(os.environ.get("VOC_ROOT", "data/VOCdevkit"), "train")
-    cache = ImageCache.open(split.image_paths, "data/cache")
-    batches = CropBatches(cache, split.labels, batch_size=cfg.train.batch_size, seed=0, mean=cfg.data.mean, **cfg.crop)
-    model = instantiate(cfg.model).to(memory_format=torch.channels_last)
+        cls = compose("voc_cls", overrides=["preset=mini"])
+        det = compose("voc_det", overrides=["preset=mini", *sys.argv[1:]])
+    split, cache = open_split(cls.data, "train", "cpu")
+    batches = CropBatches(cache, split.labels, batch_size=cls.train.batch_size, seed=0, mean=cls.data.mean, **cls.crop)
+    step = {"classification": bench("classification", cls, instantiate(cls.model), multilabel_loss, batches)}
+
+    objects = voc_det.objects_of(det, split)
+    proposals, _ = voc_det.proposals_of(det, "train", split, cache, objects)
+    rois = detection.make_rois(proposals, [(found.boxes, found.classes) for found in objects])
+    statistics_of = rois.target_statistics(len(CLASSES))
+    regions = RoIBatches(cache, rois, **det.batch, statistics=statistics_of, seed=0, mean=det.mean)
+    model = detection.FastRCNN(instantiate(det.model), len(CLASSES), **det.detector)
+    step["detection"] = bench("detection", det, model, detection.fast_rcnn_loss, regions)
+
+    ratios = {f"{name}: training step / bare step": times["trainer"] / times["bare"] for name, times in step.items()}
+    for name, ratio in ratios.items():
+        print(f"{name} {ratio:.3f}")
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    about = {"preset": "mini", "versions": versions()}
+    about |= {"device": device_name(cache.pixels.device), "threads": torch.get_num_threads()}
+    write_json(OUT, about | {"milliseconds": step, "ratios": ratios})
+    print(OUT)
+
+
+def bench(name: str, cfg: DictConfig, model: nn.Module, loss: Callable, batches: Callable) -> dict[str, float]:
+    """Milliseconds of a bare step, of one of the trainer, and of making a batch."""
+    steps = STEPS[name]
+    model = model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, cfg.optimizer)
-    inputs, labels = batches(0)
+    fixed = [batches(step) for step in range(FIXED)]
 
     def bare() -> None:
-        for _ in range(STEPS):
+        for inputs, targets in itertools.islice(itertools.cycle(fixed), steps):
             optimizer.zero_grad()
-            multilabel_loss(model(inputs), labels).backward()
+            loss(model(*inputs) if isinstance(inputs, tuple) else model(inputs), targets).backward()
             optimizer.step()
 
     def trainer() -> None:
         with tempfile.TemporaryDirectory() as folder:
             train(
                 model,
-                multilabel_loss,
-                batches,
+                loss,
+                lambda step: batches(step % FIXED),
                 optimizer,
-                iterations=STEPS,
+                iterations=steps,
                 lr_at=step_policy(cfg.optimizer.lr, cfg.train.lr_gamma, cfg.train.lr_every),
                 clip_norm=cfg.train.clip_norm,
                 folder=Path(folder),
                 log_every=cfg.train.log_every,
             )
 
-    times: dict[str, list[float]] = {"bare": [], "trainer": [], "crops": []}
+    def data() -> None:
+        for step in range(steps):
+            batches(step % FIXED)
+
+    times: dict[str, list[float]] = {"bare": [], "trainer": [], "batch": []}
     for repeat in range(3):  # in turns, so that a change of the machine's speed touches all alike; the first warms up
-        for name, part in (("bare", bare), ("trainer", trainer), ("crops", lambda: [*map(batches, range(STEPS))])):
+        for part, run in (("bare", bare), ("trainer", trainer), ("batch", data)):
             start = time.perf_counter()
-            part()
+            run()
             if repeat:
-                times[name].append(time.perf_counter() - start)
-    step = {name: 1000 * statistics.median(values) / STEPS for name, values in times.items()}
-    ratio = step["trainer"] / step["bare"]
-    for name, milliseconds in step.items():
-        print(f"{name:8} {milliseconds:7.2f} ms a step")
-    print(f"trainer / bare {ratio:.3f}")
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    about = {"preset": "mini", "versions": versions()}
-    about |= {"device": device_name(inputs.device), "threads": torch.get_num_threads()}
-    write_json(OUT, about | {"milliseconds": step, "ratios": {"training step / bare step": ratio}})
-    print(OUT)
+                times[part].append(time.perf_counter() - start)
+    step = {part: 1000 * statistics.median(values) / steps for part, values in times.items()}
+    for part, milliseconds in step.items():
+        print(f"{name}, {part:8} {milliseconds:7.2f} ms a step")
+    return step
 
 
 if __name__ == "__main__":

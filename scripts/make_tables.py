@@ -5,6 +5,7 @@ python scripts/make_tables.py
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,7 @@ BASELINES = {
     "lsuv": "LSUV (Mishkin & Matas 2016)",
 }
 METRICS = {"map_step": "step AP", "map_voc11": "11-point AP"}
+DETECTION_METRICS = {"map_voc11": "11-point AP", "map_area": "area AP", "coco_ap": "COCO AP"}
 ORIGIN = ("data", "device", "versions", "commit")
 
 CAFFENET = "experiments.networks.CaffeNet"
@@ -47,6 +49,19 @@ Krähenbühl et al. (2016), at the scale of the preset `paper`; compare it with 
 paper's authors compute it (scikit-learn). The VOC 2007 11-point AP of the same scores reads about two points
 higher. An empty cell has not been measured, or was not published.
 """
+
+DETECTION2 = """\
+# Table 2: initializations, PASCAL VOC 2007 detection
+
+Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
+
+Mean average precision of Fast R-CNN on the test set in percent, ± the standard deviation over seeds. Published:
+Krähenbühl et al. (2016), 11-point AP at the scale of the preset `paper`, the best of three learning rates. Area AP is
+that of VOC 2010 and later, COCO AP the mean over overlaps from .5 to .95. An empty cell has not been measured, or was
+not published.
+"""
+
+DETECTION3 = DETECTION2.replace("Table 2: initializations", "Table 3: pre-trained networks")
 
 TABLE3 = """\
 # Table 3: pre-trained networks, PASCAL VOC 2007 classification
@@ -129,12 +144,13 @@ def make_tables(runs: Path, paper: Path, families: Path | None = None) -> dict[s
         caffenet = records[records["config.model._target_"] == CAFFENET]
         others = records[records["config.model._target_"].isin(NETWORKS.values()) & sgd]
     tables = table1(caffenet, paper) | table2(caffenet, paper) | table3(caffenet, paper) | section44(others, paper)
+    tables |= detection(read_records(runs, "voc_det", DETECTION_METRICS), paper)
     if families is not None and families.exists():
         tables |= families_table(families)
     return tables
 
 
-def read_records(runs: Path, experiment: str) -> pd.DataFrame:
+def read_records(runs: Path, experiment: str, metrics: Mapping[str, str] = METRICS) -> pd.DataFrame:
     """One row per record of `experiment`; the columns `config.*` hold its configuration as text."""
     rows = []
     for path in sorted(runs.rglob("*.json")):
@@ -144,8 +160,8 @@ def read_records(runs: Path, experiment: str) -> pd.DataFrame:
                 continue
             config = record["config"]
             row = {name: record[name] for name in ("preset", "seed", "data", "device")}
-            row |= {name: 100 * float(record["metrics"][name]) for name in METRICS}
-            if not all(0 <= row[name] <= 100 for name in METRICS):
+            row |= {name: 100 * float(record["metrics"][name]) for name in metrics}
+            if not all(0 <= row[name] <= 100 for name in metrics):
                 raise ValueError(f"{record['metrics']} are no average precisions")
             row["path"] = str(path)
             row["init"] = init_key(config["init"])
@@ -225,6 +241,20 @@ def table3(records: pd.DataFrame, paper: Path) -> dict[str, str]:
     return comparison("table3", TABLE3, records, published["method"].to_dict(), published["classification"])
 
 
+def detection(records: pd.DataFrame, paper: Path) -> dict[str, str]:
+    """The detection columns of Tables 2 and 3."""
+    trained = records["init"].str.startswith("pretrained ") if len(records) else []
+    tables = {}
+    for name, text, own in (
+        ("table2", DETECTION2, records if records.empty else records[~trained]),
+        ("table3", DETECTION3, records if records.empty else records[trained | (records["init"] == "kmeans")]),
+    ):
+        published = pd.read_csv(paper / f"{name}.csv").set_index("init")
+        methods = published["method"].to_dict() | (BASELINES if name == "table2" else {})
+        tables |= comparison(f"{name}-detection", text, own, methods, published["detection"], DETECTION_METRICS)
+    return tables
+
+
 def section44(records: pd.DataFrame, paper: Path) -> dict[str, str]:
     """Section 4.4: GoogLeNet and VGG-16, a block for each."""
     published = pd.read_csv(paper / "section4.4.csv")
@@ -239,14 +269,23 @@ def section44(records: pd.DataFrame, paper: Path) -> dict[str, str]:
 
 
 def comparison(
-    name: str, text: str, records: pd.DataFrame, methods: dict[str, str], numbers: pd.Series
+    name: str,
+    text: str,
+    records: pd.DataFrame,
+    methods: dict[str, str],
+    numbers: pd.Series,
+    metrics: Mapping[str, str] = METRICS,
 ) -> dict[str, str]:
     """Markdown and CSV of a table with a row for each initialization; see `blocks`."""
-    return files(name, text, *blocks("Preset", records, methods, numbers))
+    return files(name, text, *blocks("Preset", records, methods, numbers, metrics))
 
 
 def blocks(
-    title: str, records: pd.DataFrame, methods: dict[str, str], numbers: pd.Series
+    title: str,
+    records: pd.DataFrame,
+    methods: dict[str, str],
+    numbers: pd.Series,
+    metrics: Mapping[str, str] = METRICS,
 ) -> tuple[list[str], pd.DataFrame]:
     """Markdown of each protocol, and all rows: one for each initialization, first those of `methods`, key -> name.
 
@@ -255,11 +294,11 @@ def blocks(
     """
     texts, parts = [], []
     for protocol, block in by_protocol(records).items():
-        rows = average(block)
+        rows = average(block, metrics)
         rows = rows.reindex([*methods, *rows.index.difference(list(methods))]).rename_axis("init")
         rows.insert(0, "method", [methods.get(init, init) for init in rows.index])
         rows.insert(1, "published", numbers.reindex(rows.index))
-        texts.append(f"## {title} {protocol}\n\n{markdown(rows)}{origin(block)}")
+        texts.append(f"## {title} {protocol}\n\n{markdown(rows, metrics)}{origin(block)}")
         parts.append(rows.reset_index().assign(preset=protocol))
     return texts, pd.concat(parts)
 
@@ -341,7 +380,7 @@ def by_protocol(records: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return found
 
 
-def average(block: pd.DataFrame) -> pd.DataFrame:
+def average(block: pd.DataFrame, metrics: Mapping[str, str] = METRICS) -> pd.DataFrame:
     """One row per initialization: mean and standard deviation over seeds, and where the numbers come from."""
     rows = {}
     for init, runs in block.groupby("init") if len(block) else ():
@@ -350,11 +389,11 @@ def average(block: pd.DataFrame) -> pd.DataFrame:
         twice = runs[runs["seed"].duplicated(keep=False)]
         if len(twice):
             raise ValueError(f"more than one record of a seed, keep one: {[*twice['path']]}")
-        rows[init] = {name: runs[name].mean() for name in METRICS}
-        rows[init] |= {f"{name}_std": runs[name].std() for name in METRICS}
+        rows[init] = {name: runs[name].mean() for name in metrics}
+        rows[init] |= {f"{name}_std": runs[name].std() for name in metrics}
         rows[init] |= {"n": len(runs), "seeds": " ".join(map(str, sorted(runs["seed"])))}
         rows[init] |= {name: "; ".join(sorted(set(runs[name]))) for name in ORIGIN}
-    columns = [*METRICS, *(f"{name}_std" for name in METRICS), "n", "seeds", *ORIGIN]
+    columns = [*metrics, *(f"{name}_std" for name in metrics), "n", "seeds", *ORIGIN]
     return pd.DataFrame(rows.values(), index=list(rows), columns=columns).astype({"n": "Int64"})
 
 
@@ -364,17 +403,17 @@ def differing(records: pd.DataFrame, prefix: str) -> list[str]:
     return [name for name in names if records[name].nunique(dropna=False) > 1]
 
 
-def markdown(rows: pd.DataFrame) -> str:
+def markdown(rows: pd.DataFrame, metrics: Mapping[str, str]) -> str:
     def cell(row: pd.Series, name: str) -> str:
         spread = "" if pd.isna(row[f"{name}_std"]) else f" ± {row[f'{name}_std']:.1f}"
         return "" if pd.isna(row[name]) else f"{row[name]:.1f}{spread}"
 
-    lines = [["initialization", "`init=`", "published", *METRICS.values(), "n", "seeds"]]
-    lines.append(["---", "---", *["---:"] * (len(METRICS) + 2), "---"])
+    lines = [["initialization", "`init=`", "published", *metrics.values(), "n", "seeds"]]
+    lines.append(["---", "---", *["---:"] * (len(metrics) + 2), "---"])
     for init, row in rows.iterrows():
         published = "" if pd.isna(row["published"]) else f"{row['published']:.1f}"
         counts = ["" if pd.isna(row[name]) else str(row[name]) for name in ("n", "seeds")]
-        lines.append([row["method"], f"`{init}`", published, *(cell(row, name) for name in METRICS), *counts])
+        lines.append([row["method"], f"`{init}`", published, *(cell(row, name) for name in metrics), *counts])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

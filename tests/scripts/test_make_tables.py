@@ -180,6 +180,31 @@ def test_rows_are_means_over_seeds_beside_the_published_number(runs, tmp_path):
     assert all(f": {value}\n" in text for value in origin)
 
 
+def test_detection_has_tables_of_its_own(runs):
+    folder, add = runs
+    metrics = {"map_voc11": 0.31, "map_area": 0.3, "coco_ap": 0.12, "coco_ap50": 0.3}
+    for seed in range(2):
+        add(f"d{seed}", experiment="voc_det", seed=seed, config__seed=seed, metrics=metrics)
+    weights = {
+        "name": "pretrained",
+        "method": "pretrained",
+        "weights": "runs/mine/weights.safetensors",
+        "rescale": True,
+    }
+    add("mine", experiment="voc_det", config__init=weights, metrics=metrics)
+    add("cls", metrics__map_step=0.25)
+    tables = make(folder)
+    assert (
+        "| Ours (k-means) | `kmeans` | 45.6 | 31.0 ± 0.0 | 30.0 ± 0.0 | 12.0 ± 0.0 | 2 | 0 1 |"
+        in (tables["table2-detection.md"])
+    )
+    mine = "| pretrained mine init.rescale=true | `pretrained mine init.rescale=true` |  | 31.0 | 30.0 | 12.0 | 1 | 0 |"
+    assert mine in tables["table3-detection.md"]
+    assert mine not in tables["table2-detection.md"]
+    assert "| Doersch et al. (2015) | `pretrained doersch2015` | 46.6 |" in tables["table3-detection.md"]
+    assert "| Ours (k-means) | `kmeans` | 56.6 | 25.0 |" in tables["table2.md"]
+
+
 def test_table1_has_a_column_for_each_optimizer_and_kind_of_filters(runs, tmp_path):
     folder, add = runs
     adam = {"name": "adam", "lr": 1e-4}
