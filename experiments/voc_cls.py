@@ -23,7 +23,7 @@ from experiments.data.download import prepare
 from experiments.data.images import ImageCache
 from experiments.data.voc import CLASSES, Split, open_split, read_split
 from experiments.engine import run
-from experiments.engine.init import choose, set_weights
+from experiments.engine.init import absent_weights, choose, set_weights
 from experiments.engine.metrics import average_precision
 from experiments.engine.trainer import CropBatches, predict, train_as
 
@@ -133,8 +133,7 @@ def initialize(cfg: DictConfig, folder: Path, model: nn.Module, cache: ImageCach
 def left_out(cfg: DictConfig) -> str:
     """Why a cell of the paper's table `cfg.published` is left out: empty there, or without its weights; else ''."""
     if cfg.init.method == "pretrained":
-        absent = cfg.init.weights is not None and not Path(cfg.init.weights).exists()
-        return f"{cfg.init.weights} is not there; its authors publish it at {cfg.init.source}" if absent else ""
+        return absent_weights(cfg.init)
     table = pd.read_csv(PAPER / f"{cfg.published}.csv")
     same = (table["init"] == run.init_key(cfg.init)) & (table["optimizer"] == cfg.optimizer.name)
     found = table.loc[same & (table["batch_norm"] == cfg.model.batch_norm), "classification"].notna().any()

@@ -28,7 +28,7 @@ from experiments.data.images import ImageCache
 from experiments.data.regions import RoIBatches, scale_of, scaled, squashed
 from experiments.data.voc import CLASSES, Objects, Split, open_split, read_objects
 from experiments.engine import run
-from experiments.engine.init import LOOKS_AT_IMAGES, set_weights
+from experiments.engine.init import LOOKS_AT_IMAGES, absent_weights, set_weights
 from experiments.engine.trainer import train_as
 
 PUBLISHED = "data/selective_search_data"  # where rbgirshick/fast-rcnn unpacks its proposals
@@ -39,6 +39,9 @@ FIRST_PIXEL = 1  # the devkit counts from 1
 @hydra.main(version_base="1.3", config_path="../configs", config_name="voc_det")
 @run.one_line_errors
 def main(cfg: DictConfig) -> None:
+    if cfg.published and (reason := absent_weights(cfg.init)):
+        print(f"not run: {reason}")
+        return
     folder = run.run_folder(cfg)
     record = folder / "record.json"
     if record.exists():

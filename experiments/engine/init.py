@@ -1,6 +1,7 @@
 """How a configuration of `configs/init` initializes a network, and on which images."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -35,6 +36,13 @@ def pretrained(
         raise ValueError("init=pretrained takes its weights from a file: pass init.weights=FILE")
     print(load_weights(model, weights, seed=seed))
     return initializers.rescale(model, images, seed=seed) if rescale else None
+
+
+def absent_weights(init: Mapping) -> str:
+    """Which file of weights is asked for and not there, and where its authors publish it; '' where none is."""
+    if init["method"] != "pretrained" or init["weights"] is None or Path(init["weights"]).exists():
+        return ""
+    return f"{init['weights']} is not there; its authors publish it at {init['source']}"
 
 
 def choose(cfg: DictConfig, part: str, cache: ImageCache, among: Sequence[int]) -> Tensor:

@@ -140,6 +140,7 @@ def test_table3_names_the_files_that_are_not_there(run, tmp_path):
     for name in ("agrawal2015", "wang2015", "doersch2015", "krizhevsky2012"):
         said = f"not run: data/weights/{name}.caffemodel is not there; its authors publish it at http"
         assert done.stdout.count(said) == 2
+    assert run("voc_det.py", "-m", "+sweep=table3").stdout.count("not run: data/weights/") == 8
     assert not (tmp_path / "outputs" / "voc_cls").exists()
 
     torch.save(CaffeNet(1000, input_size=67, width=0.25, fc=128).state_dict(), tmp_path / "a.pth")
