@@ -226,12 +226,15 @@ def _column_squares(layer: Layer, uses: list[tuple[Call, Tensor, Tensor]], image
         uses: each use of the layer with its input and the gradient of its output. Their rows are the images, or all
             of them are of one image.
     """
-    _, outputs, _, kernel = layer.blocks.shape
-    if layer.linear and len(uses) == 1 and uses[0][1].ndim == 2 and len(uses[0][1]) == images:
-        # The gradient of one image is an outer product: its squares need no product.
-        _, x, gradient = uses[0]
-        rows = x.float().square().T @ gradient.float().square().sum(1)
-        return rows.double().cpu()[None] / outputs
+    _, outputs, width, kernel = layer.blocks.shape
+    if layer.linear and len(uses) == 1:
+        _, *pair = uses[0]
+        x, gradient = (part.float().reshape(images, -1, part.shape[-1]) for part in pair)
+        if x.shape[1] * (outputs + width) < outputs * width:
+            # At few positions the gradient of an image, a sum of outer products, has squares that need no product as
+            # large as the weight: column j has the sum x_j' G G' x_j over the positions' inputs and gradients.
+            rows = (x * ((gradient @ gradient.mT) @ x)).sum((0, 1)).clamp(min=0)
+            return rows.double().cpu()[None] / outputs
     total = torch.zeros(layer.blocks.shape[::2], dtype=torch.float64, device=layer.weight.device)
     for image in range(images):
         part = slice(None) if images == 1 else slice(image, image + 1)

@@ -255,6 +255,9 @@ NETWORKS = {
         nn.ConvTranspose3d(1, 4, (1, 2, 3), dilation=(1, 2, 1)),
         nn.ConvTranspose3d(4, 6, 2, stride=(2, 1, 1), groups=2),
     ),
+    "linear at few positions": lambda: nn.Sequential(
+        *(nn.Flatten(2), nn.Linear(121, 30), nn.ReLU(), nn.Linear(30, 20), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3))
+    ),
     "shared": Shared,
     "functional": Functional,
     "windows": Windows,
