@@ -58,8 +58,7 @@ def decode(rois: Tensor, deltas: Tensor) -> Tensor:
 
 def clip(boxes: Tensor, height: int, width: int) -> Tensor:
     """The boxes (..., 4) with their corners inside the image."""
-    x, y = boxes[..., 0::2].clamp(0, width - 1), boxes[..., 1::2].clamp(0, height - 1)
-    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], -1)
+    return boxes.clamp(min=0).minimum(boxes.new_tensor([width - 1, height - 1] * 2))
 
 
 def mirror(boxes: Tensor, width: Tensor | float) -> Tensor:

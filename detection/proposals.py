@@ -113,8 +113,8 @@ def _check(path: Path, ids: Sequence[str], proposals: Proposals, heights: Tensor
 def compute_proposals(paths: Sequence[Path], file: str | Path) -> None:
     """Selective search (OpenCV, fast mode) on all cores; `file` (.npz) is written when it is complete.
 
-    Takes about a second an image and core at VOC's 500 pixels. What was found before a kill is kept beside the file,
-    and the search goes on from there. Of several processes one searches and the others wait.
+    What was found before a kill is kept beside the file, and the search goes on from there. Of several processes one
+    searches and the others wait.
 
     Args:
         paths: the images; a name without its extension is the id of the image.

@@ -32,8 +32,7 @@ POSITIONS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1
 def main(cfg: DictConfig) -> None:
     folder = run.run_folder(cfg)
     weights = folder / "weights.safetensors"
-    if weights.exists():
-        print(f"this run is done; to run it again, delete its folder\n{weights}")
+    if run.is_done(weights):
         return
     device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
     with run.open_folder(folder):

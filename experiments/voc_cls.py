@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import initializers
 from experiments.data.download import prepare
-from experiments.data.images import ImageCache
+from experiments.data.images import ImageCache, describe
 from experiments.data.voc import CLASSES, Split, open_split, read_split
 from experiments.engine import run
 from experiments.engine.init import absent_weights, choose, set_weights
@@ -38,8 +38,7 @@ def main(cfg: DictConfig) -> None:
         return
     folder = run.run_folder(cfg)
     record = folder / "record.json"
-    if record.exists():
-        print(f"this run is done; to run it again, delete its folder\n{record}")
+    if run.is_done(record):
         return
     device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
     with run.open_folder(folder):
@@ -65,7 +64,7 @@ def main(cfg: DictConfig) -> None:
             record,
             cfg,
             device,
-            data=describe(cfg, training_cache, test_cache),
+            data=describe(cfg.data.name, training_cache, test_cache),
             metrics=metrics,
             per_class=per_class.astype(object).where(per_class.notna(), None).T.to_dict(),
             times=times,
@@ -89,12 +88,6 @@ def multilabel_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     target, weight = (labels > 0).float(), (labels != 0).float()
     return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum") / len(logits)
-
-
-def describe(cfg: DictConfig, training: ImageCache, test: ImageCache) -> str:
-    """The images of the run; the short side tells the official release from a copy that is scaled down."""
-    side = int(torch.minimum(test.heights, test.widths).median())
-    return f"{cfg.data.name}, {len(training)} + {len(test)} images, short side {side} px"
 
 
 def initialize(cfg: DictConfig, folder: Path, model: nn.Module, cache: ImageCache, training: Split) -> dict:

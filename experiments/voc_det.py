@@ -24,7 +24,7 @@ from tqdm import tqdm
 import detection
 from detection import Detections, FastRCNN, Proposals, RoIs, Truth
 from experiments.data.download import prepare
-from experiments.data.images import ImageCache
+from experiments.data.images import ImageCache, describe
 from experiments.data.regions import RoIBatches, scale_of, scaled, squashed
 from experiments.data.voc import CLASSES, Objects, Split, open_split, read_objects
 from experiments.engine import run
@@ -33,6 +33,7 @@ from experiments.engine.trainer import train_as
 
 PUBLISHED = "data/selective_search_data"  # where rbgirshick/fast-rcnn unpacks its proposals
 THRESHOLDS = (0.5, 0.7)  # IoU at which the recall of the proposals is told
+NEW_LAYERS = ("fast_rcnn", "initialized")
 FIRST_PIXEL = 1  # the devkit counts from 1
 
 
@@ -44,8 +45,7 @@ def main(cfg: DictConfig) -> None:
         return
     folder = run.run_folder(cfg)
     record = folder / "record.json"
-    if record.exists():
-        print(f"this run is done; to run it again, delete its folder\n{record}")
+    if run.is_done(record):
         return
     device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
     with run.open_folder(folder):
@@ -76,12 +76,11 @@ def main(cfg: DictConfig) -> None:
         detection.write_detections(folder, test.ids, CLASSES, found)
         run.write_bytes(folder / "detections.jpg", draw(test, found, cfg.evaluate.pictures))
         per_class = pd.DataFrame({kind: precision[kind] for kind in ("voc11", "area")}, index=CLASSES)
-        side = int(torch.minimum(test_cache.heights, test_cache.widths).median())
         run.write_record(
             record,
             cfg,
             device,
-            data=f"{cfg.data.name}, {len(cache)} + {len(test_cache)} images, short side {side} px",
+            data=describe(cfg.data.name, cache, test_cache),
             proposals={cfg.data.train: recall, cfg.data.test: test_recall},
             metrics=metrics,
             per_class=per_class.astype(object).where(per_class.notna(), None).T.to_dict(),
@@ -145,6 +144,8 @@ def initialize(cfg: DictConfig, folder: Path, model: FastRCNN, cache: ImageCache
     path = folder / "init.json"
     if run.has_checkpoint(folder):
         return json.loads(path.read_text())
+    if cfg.new_layers not in NEW_LAYERS:
+        raise ValueError(f"new_layers={cfg.new_layers}: choose {' or '.join(NEW_LAYERS)}")
     images = None
     if cfg.init.method in LOOKS_AT_IMAGES:
         each, foreground = cfg.batch.per_batch // cfg.batch.images, cfg.batch.foreground
@@ -162,8 +163,6 @@ def initialize(cfg: DictConfig, folder: Path, model: FastRCNN, cache: ImageCache
     report = set_weights(model, cfg.init, images, cfg.seed)
     if cfg.new_layers == "fast_rcnn":
         model.reset_outputs(cfg.seed)
-    elif cfg.new_layers != "initialized":
-        raise ValueError(f"new_layers={cfg.new_layers}: choose fast_rcnn or initialized")
     seconds = time.perf_counter() - began
     if report is not None:
         print(report, flush=True)

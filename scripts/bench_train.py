@@ -25,21 +25,20 @@ import detection
 from experiments import voc_det
 from experiments.data.regions import RoIBatches
 from experiments.data.voc import CLASSES, open_split
-from experiments.engine.optim import make_optimizer, step_policy
+from experiments.engine.optim import make_optimizer
 from experiments.engine.run import device_name, versions, write_json
-from experiments.engine.trainer import CropBatches, train
+from experiments.engine.trainer import CropBatches, train_as
 from experiments.voc_cls import multilabel_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "bench" / "train.json"
-STEPS = {"classification": 1000, "detection": 300}
 FIXED = 50  # batches that the bare steps repeat
 
 
 def main() -> None:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cls = compose("voc_cls", overrides=["preset=mini"])
-        det = compose("voc_det", overrides=["preset=mini", *sys.argv[1:]])
+        cls = compose("voc_cls", overrides=["preset=mini", "train.iterations=1_000"])
+        det = compose("voc_det", overrides=["preset=mini", "train.iterations=300", *sys.argv[1:]])
     split, cache = open_split(cls.data, "train", "cpu")
     batches = CropBatches(cache, split.labels, batch_size=cls.train.batch_size, seed=0, mean=cls.data.mean, **cls.crop)
     step = {"classification": bench("classification", cls, instantiate(cls.model), multilabel_loss, batches)}
@@ -64,7 +63,7 @@ def main() -> None:
 
 def bench(name: str, cfg: DictConfig, model: nn.Module, loss: Callable, batches: Callable) -> dict[str, float]:
     """Milliseconds of a bare step, of one of the trainer, and of making a batch."""
-    steps = STEPS[name]
+    steps = cfg.train.iterations
     model = model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, cfg.optimizer)
     fixed = [batches(step) for step in range(FIXED)]
@@ -77,17 +76,7 @@ def bench(name: str, cfg: DictConfig, model: nn.Module, loss: Callable, batches:
 
     def trainer() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            train(
-                model,
-                loss,
-                lambda step: batches(step % FIXED),
-                optimizer,
-                iterations=steps,
-                lr_at=step_policy(cfg.optimizer.lr, cfg.train.lr_gamma, cfg.train.lr_every),
-                clip_norm=cfg.train.clip_norm,
-                folder=Path(folder),
-                log_every=cfg.train.log_every,
-            )
+            train_as(cfg, model, loss, lambda step: batches(step % FIXED), Path(folder))
 
     def data() -> None:
         for step in range(steps):

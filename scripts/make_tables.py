@@ -138,12 +138,14 @@ def make_tables(runs: Path, paper: Path, families: Path | None = None) -> dict[s
         ValueError: a file that is no result record, or records that cannot be averaged; both are named.
     """
     records = read_records(runs, "voc_cls")
-    caffenet, others = records, records
+    caffenet, plain, others = records, records, records
     if not records.empty:
         sgd = records["config.optimizer.name"] == "sgd"
         caffenet = records[records["config.model._target_"] == CAFFENET]
+        plain = caffenet[sgd & (caffenet["config.model.batch_norm"] == "False")]
         others = records[records["config.model._target_"].isin(NETWORKS.values()) & sgd]
-    tables = table1(caffenet, paper) | table2(caffenet, paper) | table3(caffenet, paper) | section44(others, paper)
+    scratch, trained = by_start(plain)
+    tables = table1(caffenet, paper) | table2(scratch, paper) | table3(trained, paper) | section44(others, paper)
     tables |= detection(read_records(runs, "voc_det", DETECTION_METRICS), paper)
     if families is not None and families.exists():
         tables |= families_table(families)
@@ -172,6 +174,14 @@ def read_records(runs: Path, experiment: str, metrics: Mapping[str, str] = METRI
             raise ValueError(f"{path} is no result record ({error!r}): repair it or remove it") from error
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def by_start(records: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Networks trained from scratch (Table 2), and pre-trained ones with our k-means for comparison (Table 3)."""
+    if records.empty:
+        return records, records
+    trained = records["init"].str.startswith("pretrained ")
+    return records[~trained], records[trained | (records["init"] == "kmeans")]
 
 
 def table1(records: pd.DataFrame, paper: Path) -> dict[str, str]:
@@ -218,37 +228,26 @@ def table1_cell(cell: pd.Series) -> str:
 
 
 def table2(records: pd.DataFrame, paper: Path) -> dict[str, str]:
-    """Table 2, classification: of the records, those trained by SGD without batch normalization."""
+    """Table 2, classification."""
     published = pd.read_csv(paper / "table2.csv")
     scalings = pd.read_csv(paper / "table1.csv").query("optimizer == 'sgd' and not batch_norm")
     numbers = pd.concat([published, scalings]).drop_duplicates("init").set_index("init")["classification"]
     methods = dict(zip(published["init"], published["method"], strict=True)) | BASELINES
 
-    if not records.empty:
-        sgd = records["config.optimizer.name"] == "sgd"
-        trained = records["init"].str.startswith("pretrained ")
-        records = records[sgd & (records["config.model.batch_norm"] == "False") & ~trained]
     return comparison("table2", TABLE2, records, methods, numbers)
 
 
 def table3(records: pd.DataFrame, paper: Path) -> dict[str, str]:
     """Table 3, classification: pre-trained networks, as they are and at equal change rates."""
     published = pd.read_csv(paper / "table3.csv").set_index("init")
-    if not records.empty:
-        sgd = records["config.optimizer.name"] == "sgd"
-        wanted = records["init"].str.startswith("pretrained ") | (records["init"] == "kmeans")
-        records = records[sgd & (records["config.model.batch_norm"] == "False") & wanted]
     return comparison("table3", TABLE3, records, published["method"].to_dict(), published["classification"])
 
 
 def detection(records: pd.DataFrame, paper: Path) -> dict[str, str]:
     """The detection columns of Tables 2 and 3."""
-    trained = records["init"].str.startswith("pretrained ") if len(records) else []
+    scratch, trained = by_start(records)
     tables = {}
-    for name, text, own in (
-        ("table2", DETECTION2, records if records.empty else records[~trained]),
-        ("table3", DETECTION3, records if records.empty else records[trained | (records["init"] == "kmeans")]),
-    ):
+    for name, text, own in (("table2", DETECTION2, scratch), ("table3", DETECTION3, trained)):
         published = pd.read_csv(paper / f"{name}.csv").set_index("init")
         methods = published["method"].to_dict() | (BASELINES if name == "table2" else {})
         tables |= comparison(f"{name}-detection", text, own, methods, published["detection"], DETECTION_METRICS)

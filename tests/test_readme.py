@@ -108,3 +108,20 @@ def test_the_spreads_of_figure_1_are_those_of_the_record():
     for line, pattern in stated.items():
         (value,) = re.findall(pattern, text)
         assert value == f"{spreads[line]:.{1 if spreads[line] < 10 else 0}f}", line
+
+
+def test_the_shares_of_figure_2_and_the_positions_are_those_of_the_records():
+    shares = json.loads((ROOT / "results/figures/figure2.json").read_text())["shares_a_class"]
+    text = " ".join(README.partition("### Nearest neighbours")[2].partition("\n## ")[0].split())
+    names = {
+        "Gaussian (ours)": "our Gaussian",
+        "k-means (ours)": "our k-means",
+        "pre-trained": "the pre-trained network",
+    }
+    assert names.keys() == shares.keys()
+    for line, name in names.items():
+        (value,) = re.findall(rf"(\d+) %(?: of the cases)? for {name}", text)
+        assert int(value) == round(100 * shares[line]), line
+    (record,) = (ROOT / "results/runs/pretrain").glob("*/record.json")
+    accuracy = json.loads(record.read_text())["metrics"]["accuracy"]
+    assert f"tells {100 * accuracy:.1f} % of the positions" in README

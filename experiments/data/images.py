@@ -86,6 +86,12 @@ class ImageCache:
         return len(self.offsets)
 
 
+def describe(name: str, training: ImageCache, test: ImageCache) -> str:
+    """The images of a run; the short side tells the official release from a copy that is scaled down."""
+    side = int(torch.minimum(test.heights, test.widths).median())
+    return f"{name}, {len(training)} + {len(test)} images, short side {side} px"
+
+
 def _decode_into(file: Path, paths: Sequence[Path]) -> None:
     """Decode `paths` on all cores into `file`: int32 (N, 2) heights and widths, then the pixels."""
     part, sizes = file.with_suffix(".part"), []

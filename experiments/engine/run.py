@@ -95,6 +95,13 @@ def run_folder(cfg: DictConfig) -> Path:
     return Path(cfg.output) / cfg.experiment / f"{cfg.preset}-{cfg.init.name}-seed{cfg.seed}-{digest}"
 
 
+def is_done(result: Path) -> bool:
+    """Whether a run has left its `result`, the file that it writes last; says so."""
+    if result.exists():
+        print(f"this run is done; to run it again, delete its folder\n{result}")
+    return result.exists()
+
+
 def init_key(init: Mapping) -> str:
     """What follows `init=` on the command line to get this initialization; names its row in every table."""
     if init["name"] == "pretrained":

@@ -96,7 +96,7 @@ def test_an_epoch_shows_every_image_as_it_is_and_mirrored(cache, rois):
             target = mirror(target, width) if mirrored else target
             torch.testing.assert_close(centre, ((target[:2] + target[2:] + 1) / 2).expand_as(centre), atol=1e-3, rtol=0)
     assert sorted(seen) == [(number, mirrored) for number in range(4) for mirrored in (False, True)]
-    assert every(4)[0][0].shape  # the next epoch
+    assert every(4)[0][0].shape[:2] == (2, 3)  # the next epoch
 
 
 def test_nothing_to_train_on(cache):
