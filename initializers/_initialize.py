@@ -21,7 +21,6 @@ METHODS = ("balance", "paper")
 NONHOMOGENEOUS = ("pin", "scale")
 LRN = ("estimate", "exact")
 BATCH = 16  # images that go from one affine layer to the next at a time
-RATE_IMAGES = 16  # the between-layer step measures on this many of the images, as the authors' code
 RATE_DRAWS = 4  # top gradients for each of them, where the step is exact and need not be repeated
 PAPER_STEPS = 10  # "roughly 10 iterations", Algorithm 2
 MAX_ROUNDS = 10  # of the exact step, where LRN makes it inexact
@@ -43,6 +42,7 @@ def initialize(
     alpha: float = 0.25,
     nonhomogeneous: str = "pin",
     lrn: str = "estimate",
+    rate_images: int = 16,
 ) -> Report:
     """Initialize every affine layer of `model` from `images` (section 3).
 
@@ -76,6 +76,8 @@ def initialize(
         lrn: local response normalisation is only nearly homogeneous. "estimate" measures the scale that comes out
             of it and lets the next layer undo it, which changes the output a little; "exact" scales its constant
             alpha, which the state dict does not hold.
+        rate_images: the between-layer step measures the rates on so many of the images, evenly spread; 16 as in the
+            authors' code. More make the rates of other images more equal, at a cost that grows with their number.
 
     Returns:
         A `Report`; print it for a table.
@@ -89,6 +91,8 @@ def initialize(
     _check_choice("method", method, METHODS)
     _check_choice("nonhomogeneous", nonhomogeneous, NONHOMOGENEOUS)
     _check_choice("lrn", lrn, LRN)
+    if rate_images < 1:
+        raise InitializationError(f"rate_images is {rate_images}: pass at least 1")
     start = time.perf_counter()
     model = unwrapped(model)
     with unchanged_on_error(model, seed):
@@ -104,9 +108,9 @@ def initialize(
         if filters is not None or within:
             _sweep(layers, inputs, graph, filters, within, bias, seed, report)
         if between and nonhomogeneous == "scale":
-            layers = _scale(layers, inputs, seed, report)
+            layers = _scale(layers, inputs, rate_images, seed, report)
         elif between:
-            _equalise(layers, inputs, trace_scales(graph, lrn), method, alpha, seed, report)
+            _equalise(layers, inputs, rate_images, trace_scales(graph, lrn), method, alpha, seed, report)
         _describe(layers, graph, report)
     report.seconds = time.perf_counter() - start
     return report
@@ -121,13 +125,14 @@ def rescale(
     alpha: float = 0.25,
     nonhomogeneous: str = "pin",
     lrn: str = "estimate",
+    rate_images: int = 16,
 ) -> Report:
     """The between-layer step alone, for pre-trained weights: the rates become equal, the function stays (section 4.3).
 
     Arguments, report and errors are those of `initialize`.
     """
     options = {"method": method, "alpha": alpha, "nonhomogeneous": nonhomogeneous, "lrn": lrn}
-    return initialize(model, images, None, within=False, between=True, seed=seed, **options)
+    return initialize(model, images, None, within=False, seed=seed, rate_images=rate_images, **options)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -298,6 +303,7 @@ def _measured(
 def _equalise(
     layers: Layers,
     inputs: tuple[Tensor, ...],
+    rate_images: int,
     scales: Scales,
     method: str,
     alpha: float,
@@ -306,7 +312,7 @@ def _equalise(
 ) -> None:
     """Algorithm 2 on the scales of a graph."""
     checked = _some(inputs, CHECK_IMAGES)
-    inputs = _some(inputs, RATE_IMAGES)
+    inputs = _some(inputs, rate_images)
     sizes: dict[tuple[Layer, int], Tensor] = {}  # mean magnitude of what comes to a layer through LRN
     factors: dict[str, float] = {}
     uses = {use.layer: use for use in scales.uses}
@@ -380,13 +386,13 @@ def _check_exact(report: Report, inputs: tuple[Tensor, ...]) -> None:
         )
 
 
-def _scale(layers: Layers, inputs: tuple[Tensor, ...], seed: int, report: Report) -> Layers:
+def _scale(layers: Layers, inputs: tuple[Tensor, ...], rate_images: int, seed: int, report: Report) -> Layers:
     """Equal rates by the paper's auxiliary scaling: rate C becomes C / r² where r times the parameter is stored.
 
     Returns:
         The layers, whose parameters are others now.
     """
-    checked, inputs = _some(inputs, CHECK_IMAGES), _some(inputs, RATE_IMAGES)
+    checked, inputs = _some(inputs, CHECK_IMAGES), _some(inputs, rate_images)
     first, outputs = _measured(layers, inputs, seed), _outputs(layers, checked)
     logs = {name: math.log(rate) for name, rate in first.rates.mean.items()}
     centre = sum(logs.values()) / len(logs)

@@ -185,9 +185,10 @@ def test_models_without_one_row_an_image(call, head, model, images):
         ({"method": "exact", "between": False}, "unknown method 'exact': choose one of balance, paper"),
         ({"nonhomogeneous": "keep"}, "unknown nonhomogeneous 'keep': choose one of pin, scale"),
         ({"lrn": None}, "unknown lrn None: choose one of estimate, exact"),
+        ({"rate_images": 0}, "rate_images is 0: pass at least 1"),
     ],
 )
-def test_unknown_names(options, message, model, images):
+def test_options_that_cannot_be(options, message, model, images):
     check(message, initialize, model, images, **options)
     if "filters" not in options and "between" not in options:
         check(message, rescale, model, images, **options)

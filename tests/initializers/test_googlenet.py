@@ -64,29 +64,30 @@ def test_local_response_normalization_feeds_four_branches(lrn):
 
 @pytest.mark.slow
 @pytest.mark.skipif("VOC_ROOT" not in os.environ, reason="needs real images: set VOC_ROOT")
-@pytest.mark.parametrize(("filters", "limit"), [("gaussian", 1.25), ("kmeans", 1.6)])
-def test_held_out_rates_on_real_images(filters, limit, tmp_path_factory):
-    """Four random top gradients an image: with one, two measurements of the same network differ by up to 20 %.
+@pytest.mark.parametrize("filters", ["gaussian", "kmeans"])
+def test_held_out_rates_on_real_images(filters, tmp_path_factory):
+    """Rates that are made equal on 100 images are nearly so on 100 others.
 
-    Centres of k-means fit their images: on others the last block answers less and learns by 15 % more slowly, whatever
-    the images that the rates are made equal on; and a few images have much of the first layer's rate.
+    As many are needed, since a few images have much of the first layers' rates; and none that k-means saw, since its
+    centres fit their images: on others the last block answers less and learns by 15 % more slowly. Four random top
+    gradients an image: with one, two measurements of the same network differ by up to 20 %.
     """
 
-    def read(split, count):
-        paths = read_split(os.environ["VOC_ROOT"], split).image_paths[:count]
+    def read(split, first, count):
+        paths = read_split(os.environ["VOC_ROOT"], split).image_paths[first : first + count]
         cache = ImageCache.open(paths, tmp_path_factory.getbasetemp())
         return crop(cache, torch.arange(count), whole(cache.heights, cache.widths), 224, (104, 117, 123))
 
     torch.manual_seed(0)
-    model, others = GoogLeNet(1000, lrn=False).eval(), read("val", 100)
-    images = read("train", 160)
-    initialize(model, images, filters, between=False)
+    model, others = GoogLeNet(1000, lrn=False).eval(), read("val", 0, 100)
+    initialize(model, read("train", 0, 160), filters, between=False)
     with torch.no_grad():
         expected = model(others)
     before = change_rate(model, others[:20]).spread
-    report = rescale(model, images)
+    report = rescale(model, read("train", 160, 100), rate_images=100)
+    assert report.rate_images == 100
     with torch.no_grad():
         assert relative(model(others), expected) < 1e-4
     rates: Rates = measure(Layers(model), as_inputs(model, others), seed=1, draws=4).rates
     print(f"{filters}: {before:.4g} -> {report.spread_after:.4g}, held out {rates.spread:.4g}")
-    assert rates.spread <= limit
+    assert rates.spread <= 1.25

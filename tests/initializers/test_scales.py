@@ -1031,6 +1031,18 @@ def test_the_variance_of_the_log_rates_is_least(network):
         assert report.spread_after < damped.spread_after < damped.spread_before
 
 
+@pytest.mark.parametrize("nonhomogeneous", ["pin", "scale"])
+def test_rates_are_equal_on_as_many_images_as_are_asked_for(nonhomogeneous):
+    spreads = {}
+    for count in (2, 24, 99):
+        model, images = build(lambda m, x: m.a(x).relu()), draw(3, 24)
+        report = rescale(model, images, rate_images=count, nonhomogeneous=nonhomogeneous)
+        assert report.rate_images == min(count, 24)
+        assert report.spread_after < 1.001
+        spreads[count] = _measured(Layers(model), (images,), 0).rates.spread
+    assert spreads[24] == spreads[99] < 1.001 < 1.01 < spreads[2]
+
+
 def test_a_chain_is_equalised_by_the_square_roots_of_the_rates():
     """r_k = sqrt(C_k / C) with C the geometric mean."""
     torch.manual_seed(0)
