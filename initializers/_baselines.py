@@ -23,12 +23,7 @@ def xavier(model: nn.Module, *, seed: int = 0) -> None:
 
     fan_in = in_channels / groups * positions of the kernel.
     """
-
-    def fill(layer: Layer, generator: torch.Generator) -> None:
-        limit = math.sqrt(3 / layer.fan_in)
-        layer.weight.uniform_(-limit, limit, generator=generator)
-
-    _fill(model, seed, fill)
+    _fill(model, seed, _xavier)
 
 
 def msra(model: nn.Module, *, seed: int = 0) -> None:
@@ -45,10 +40,11 @@ def msra(model: nn.Module, *, seed: int = 0) -> None:
 
 
 def caffe(model: nn.Module, *, seed: int = 0) -> None:
-    """The hand-tuned Gaussian that a network's Caffe definition states: a standard deviation and a bias per layer.
+    """The initialization that a network's Caffe definition states: the kind of the weights and a bias per layer.
 
     Args:
-        model: a network with an attribute `caffe_fillers`, a dict from layer name to (std, bias).
+        model: a network with an attribute `caffe_fillers`, a dict from layer name to (std, bias); std "xavier" stands
+            for the weights of `xavier`.
 
     Raises:
         InitializationError: the model does not state it, or not for one of its layers.
@@ -65,7 +61,10 @@ def caffe(model: nn.Module, *, seed: int = 0) -> None:
 
     def fill(layer: Layer, generator: torch.Generator) -> None:
         std, bias = fillers[layer.name]
-        layer.weight.normal_(0, std, generator=generator)
+        if std == "xavier":
+            _xavier(layer, generator)
+        else:
+            layer.weight.normal_(0, std, generator=generator)
         if layer.bias is not None:
             layer.bias.fill_(bias)
 
@@ -152,6 +151,11 @@ def _moments(outputs: list[Tensor]) -> tuple[float, float]:
         for row in output:  # a copy that fits the cache
             squares += torch.linalg.vector_norm(row.float() - mean).item() ** 2
     return mean, squares / count
+
+
+def _xavier(layer: Layer, generator: torch.Generator) -> None:
+    limit = math.sqrt(3 / layer.fan_in)
+    layer.weight.uniform_(-limit, limit, generator=generator)
 
 
 def _fill(model: nn.Module, seed: int, fill) -> None:

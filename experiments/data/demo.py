@@ -1,4 +1,4 @@
-"""A small generated set in the layout of the PASCAL VOC 2007 devkit, for runs without a download.
+"""Small generated sets in the layout of the PASCAL VOC 2007 devkit and of ImageNet, for runs without a download.
 
 Every VOC class has its own combination of shape, texture and colours (`LOOKS`). An image holds one to four
 objects, which overlap each other and the frame, on a cloudy background strewn with grey shapes. Small objects
@@ -8,7 +8,7 @@ and mostly hidden ones carry the difficult flag, so that the class lists hold al
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -73,31 +73,60 @@ def make_demo(root: str | Path, num_train: int = 600, num_test: int = 300, size:
             "the demo set needs num_train >= 2, num_test >= 1 and size >= 48, "
             f"got num_train={num_train}, num_test={num_test}, size={size}"
         )
-    settings = json.dumps({"format": FORMAT, "num_train": num_train, "num_test": num_test, "size": size, "seed": seed})
+    settings = {"format": FORMAT, "num_train": num_train, "num_test": num_test, "size": size, "seed": seed}
     devkit = Path(root) / "VOC2007"
-    if devkit.exists():
-        return _check_settings(devkit, settings)
-    try:
-        devkit.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".demo-", dir=devkit.parent) as folder:
-            unfinished = Path(folder) / "VOC2007"
-            _write_devkit(unfinished, num_train, num_test, size, seed)
-            (unfinished / "demo.json").write_text(settings)
-            os.rename(unfinished, devkit)
-    except OSError as error:
-        if devkit.exists():  # another process was faster
-            return _check_settings(devkit, settings)
-        raise OSError(f"cannot write the demo set to {devkit}: {error}") from error
-    return devkit
+    return _generate(devkit, settings, lambda folder: _write_devkit(folder, num_train, num_test, size, seed))
 
 
-def _check_settings(devkit: Path, settings: str) -> Path:
-    record = devkit / "demo.json"
-    if not record.exists() or record.read_text() != settings:
-        raise FileExistsError(
-            f"{devkit} is there but is not the demo set {settings}: remove it, or choose another data.root"
+def make_demo_folders(root: str | Path, num_train: int = 40, num_val: int = 10, size: int = 80, seed: int = 0) -> Path:
+    """Generate a set with a folder per class, `root/train/<class>/` and `root/val/<class>/`, and return `root`.
+
+    Args:
+        num_train, num_val: images of each of the 20 classes, which show one object.
+        size, seed: as in `make_demo`; errors, too.
+    """
+    if num_train < 1 or num_val < 1 or size < 48:
+        raise ValueError(
+            f"the demo set needs num_train >= 1, num_val >= 1 and size >= 48, got {num_train}, {num_val} and {size}"
         )
-    return devkit
+    settings = {"format": FORMAT, "num_train": num_train, "num_val": num_val, "size": size, "seed": seed}
+
+    def write(folder: Path) -> None:
+        for part, (split, count) in enumerate((("train", num_train), ("val", num_val))):
+            for number, name in enumerate(CLASSES):
+                (folder / split / name).mkdir(parents=True)
+                for image in range(count):
+                    pixels, _ = draw_image(np.random.default_rng((seed, part, number, image)), [name], size)
+                    Image.fromarray(pixels).save(folder / split / name / f"{image:04d}.jpg", quality=90)
+
+    return _generate(Path(root), settings, write)
+
+
+def _generate(target: Path, settings: Mapping, write: Callable[[Path], None]) -> Path:
+    """`write` the folder `target`, whole or not at all, unless it is there with the same settings."""
+    if target.exists():
+        return _check_settings(target, settings)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".demo-", dir=target.parent) as folder:
+            unfinished = Path(folder) / target.name
+            write(unfinished)
+            (unfinished / "demo.json").write_text(json.dumps(settings))
+            os.rename(unfinished, target)
+    except OSError as error:
+        if target.exists():  # another process was faster
+            return _check_settings(target, settings)
+        raise OSError(f"cannot write the demo set to {target}: {error}") from error
+    return target
+
+
+def _check_settings(target: Path, settings: Mapping) -> Path:
+    record = target / "demo.json"
+    if not record.exists() or record.read_text() != json.dumps(settings):
+        raise FileExistsError(
+            f"{target} is there but is not the demo set {json.dumps(settings)}: remove it, or choose another data.root"
+        )
+    return target
 
 
 # ---- the devkit's files

@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 from tqdm import tqdm
 
-from experiments.data.demo import make_demo
+from experiments.data.demo import make_demo, make_demo_folders
 from experiments.data.voc import find_devkit, read_split
 
 # Archive: md5, as in torchvision.datasets.VOCDetection.
@@ -56,10 +56,12 @@ def download(root: str | Path, progress: bool = True) -> Path:
 
 
 def prepare(data: Mapping) -> None:
-    """Make the images of `configs/data` that are not there yet: draw the demo set, or download VOC 2007."""
+    """Make the images of `configs/data` that are not there yet: draw a demo set, or download VOC 2007."""
     if data["name"] == "demo":
         make_demo(data["root"])
-    elif to_download(data["root"]):
+    elif data["name"] == "demo-folders":
+        make_demo_folders(data["root"])
+    elif data["name"] == "voc2007" and to_download(data["root"]):
         download(data["root"])
 
 

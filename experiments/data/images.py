@@ -2,9 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -37,28 +38,32 @@ class ImageCache:
     widths: Tensor
 
     @classmethod
-    def open(cls, paths: Sequence[Path], folder: str | Path) -> Self:
+    def open(cls, paths: Sequence[Path], folder: str | Path, short: int | None = None) -> Self:
         """Map the decoded images `paths` into memory, from a file in `folder` that the first call makes.
+
+        With `short` each is scaled to a short side of so many pixels, and one that cannot be decoded becomes a single
+        black pixel.
 
         The file belongs to the names, sizes and modification times of `paths` in their order; changed images
         are decoded anew. It appears when it is complete, and of several processes that need it at the same
         time one decodes and the others wait. Grey and CMYK images become RGB. A pixel takes 3 bytes, all of
         VOC 2007 about 6 GB.
 
-        Raises ValueError for empty `paths` and for an image that cannot be decoded to its end, naming it, and
+        Raises ValueError for empty `paths` and, without `short`, for an image that cannot be decoded, naming it, and
         OSError if the file cannot be written. Neither leaves a partial file.
         """
         if not paths:
             raise ValueError("there are no images to cache: `paths` is empty")
         stats = [(path.name, path.stat()) for path in paths]
         key = hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
+        key.update(f"short side {short}".encode() if short else b"")
         file = Path(folder) / f"{key.hexdigest()[:16]}.pixels"
         try:
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with FileLock(f"{file}.lock"):
                     if not file.exists():  # no other process made it while this one waited
-                        _decode_into(file, paths)
+                        _decode_into(file, paths, _decode if short is None else partial(read_scaled, short=short))
         except OSError as error:
             raise OSError(
                 f"cannot write the image cache {file} ({error}): make room, 3 bytes a pixel, "
@@ -82,6 +87,11 @@ class ImageCache:
         """The cache with all of its tensors on `device` (on the CPU: the same mapped memory)."""
         return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
 
+    def image(self, index: int) -> Tensor:
+        """One image, uint8 (height, width, 3), RGB; the same memory."""
+        start, height, width = (part[index].item() for part in (self.offsets, self.heights, self.widths))
+        return self.pixels[start : start + height * width].view(height, width, 3)
+
     def __len__(self) -> int:
         return len(self.offsets)
 
@@ -92,7 +102,7 @@ def describe(name: str, training: ImageCache, test: ImageCache) -> str:
     return f"{name}, {len(training)} + {len(test)} images, short side {side} px"
 
 
-def _decode_into(file: Path, paths: Sequence[Path]) -> None:
+def _decode_into(file: Path, paths: Sequence[Path], decode: Callable[[Path], np.ndarray]) -> None:
     """Decode `paths` on all cores into `file`: int32 (N, 2) heights and widths, then the pixels."""
     part, sizes = file.with_suffix(".part"), []
     try:
@@ -104,7 +114,7 @@ def _decode_into(file: Path, paths: Sequence[Path]) -> None:
             out.seek(8 * len(paths))
             # In blocks, so that little is ever decoded and not yet written.
             for start in range(0, len(paths), 64):
-                for image in pool.map(_decode, paths[start : start + 64]):
+                for image in pool.map(decode, paths[start : start + 64]):
                     out.write(image)
                     sizes.append(image.shape[:2])
                     bar.update()
@@ -125,6 +135,17 @@ def _decode(path: Path) -> np.ndarray:
     # Which of these Pillow raises depends on where the file is broken.
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"cannot decode the image {path} ({error}): replace it by an intact file") from error
+
+
+def read_scaled(path: str | Path, short: int) -> np.ndarray:
+    """One image at a short side of `short` pixels, uint8 (height, width, 3), RGB; a black pixel if it is damaged."""
+    try:
+        with Image.open(path) as image:
+            scale = short / min(image.size)
+            size = [max(short, round(scale * side)) for side in image.size]
+            return np.array(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return np.zeros((1, 1, 3), np.uint8)
 
 
 @dataclass(frozen=True, eq=False)

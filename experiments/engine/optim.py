@@ -1,6 +1,6 @@
-"""Caffe's SGD by torch's: a learning rate per kind of blob, and inside the velocity; the step policy."""
+"""Caffe's SGD by torch's: a learning rate per kind of blob, and inside the velocity; learning rate policies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from omegaconf import DictConfig
@@ -38,9 +38,23 @@ def make_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.Optimizer:
     raise ValueError(f"optimizer.name={cfg.name}: choose sgd or adam")
 
 
-def step_policy(lr: float, gamma: float, every: int) -> Callable[[int], float]:
-    """Caffe's learning rate policy "step": iteration, from 0, -> lr * gamma ** (iteration // every)."""
-    return lambda iteration: lr * gamma ** (iteration // every)
+def lr_policy(lr: float, cfg: Mapping) -> Callable[[int], float]:
+    """Caffe's learning rate policies: a function of the iteration, from 0.
+
+    Args:
+        lr: at the start.
+        cfg: `lr_policy` "step", which is taken where there is none: lr * lr_gamma ** (iteration // lr_every);
+            or "poly": lr * (1 - iteration / iterations) ** lr_power. With what it needs.
+
+    Raises:
+        ValueError: another policy.
+    """
+    policy = cfg.get("lr_policy", "step")
+    if policy == "step":
+        return lambda iteration: lr * cfg["lr_gamma"] ** (iteration // cfg["lr_every"])
+    if policy == "poly":
+        return lambda iteration: lr * (1 - iteration / cfg["iterations"]) ** cfg["lr_power"]
+    raise ValueError(f"train.lr_policy={policy}: choose step or poly")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -33,7 +33,9 @@ NOT_IDENTITY = (
     "published",
     "data.cache",
     "train.checkpoint_seconds",
+    "train.accumulate",
     "evaluate.batch_size",
+    "workers",
 )
 
 
@@ -78,7 +80,13 @@ def set_up(device: str, threads: int | None, tf32: bool) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.deterministic = True  # this and the next line: the same weights, bit for bit, each time
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", 0))  # of the processes on this machine, by torchrun
+    if number >= torch.cuda.device_count():
+        raise ValueError(f"{number + 1} processes or more, but {torch.cuda.device_count()} GPU(s): start one for each")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def run_folder(cfg: DictConfig) -> Path:

@@ -5,6 +5,7 @@ train(model, loss, batches, optimizer, iterations=80_000, lr_at=lr_at, clip_norm
 scores = predict(model, test_cache, crops=10, seed=0, mean=(104, 117, 123), size=227)
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -15,13 +16,16 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from experiments.data.images import Crops, ImageCache, crop, random_crops, seeded
-from experiments.engine import run
-from experiments.engine.optim import make_optimizer, set_lr, step_policy
+from experiments.engine import distributed, run
+from experiments.engine.optim import lr_policy, make_optimizer, set_lr
 
 CURVE_HEADER = "step,loss,lr,seconds"
+VALIDATION_HEADER = "step,loss,top1,top5"
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class CropBatches:
@@ -76,7 +80,9 @@ class CropBatches:
         self.epoch, self.order, self.crops = epoch, order.to(device), crops.to(device)
 
 
-def train_as(cfg: DictConfig, model: nn.Module, loss: Callable, batches: Callable[[int], tuple], folder: Path) -> float:
+def train_as(
+    cfg: DictConfig, model: nn.Module, loss: Callable, batches: Callable[[int], tuple], folder: Path, **options
+) -> float:
     """`train` with the optimizer and the settings of a configuration, its `optimizer` and its `train`."""
     return train(
         model,
@@ -84,11 +90,12 @@ def train_as(cfg: DictConfig, model: nn.Module, loss: Callable, batches: Callabl
         batches,
         make_optimizer(model, cfg.optimizer),
         iterations=cfg.train.iterations,
-        lr_at=step_policy(cfg.optimizer.lr, cfg.train.lr_gamma, cfg.train.lr_every),
+        lr_at=lr_policy(cfg.optimizer.lr, cfg.train),
         clip_norm=cfg.train.clip_norm,
         folder=folder,
         log_every=cfg.train.log_every,
         checkpoint_seconds=cfg.train.checkpoint_seconds,
+        **options,
     )
 
 
@@ -104,38 +111,61 @@ def train(
     folder: Path,
     log_every: int = 100,
     checkpoint_seconds: float = 60,
+    accumulate: int = 1,
+    precision: str = "float32",
+    validate: Callable[[], tuple[float, float, float]] | None = None,
+    validate_every: int = 0,
 ) -> float:
     """Train `model` in place, from the newest checkpoint in `folder` on when there is one.
 
     Writes a row of `curve.csv` every `log_every` iterations (mean loss since the row before, learning rate,
     seconds of training), and a checkpoint at the start, at the end and, after a row, every
     `checkpoint_seconds`. A run that was killed, and goes on, ends with the same weights bit for bit as one
-    that was not, on the same device and with as many threads.
+    that was not, on the same device and with as many threads and processes.
+
+    Of several processes (see `distributed`) each has its share of every batch. They start from the weights of the
+    first, which writes all files, and take the same steps with the mean of their gradients.
 
     Args:
         model: on its device.
-        loss: (output, targets) -> scalar.
+        loss: (output, targets) -> scalar, or a pair of it and another scalar, which the curve shows.
         batches: iteration, from 0, -> (inputs, targets), and the same for the same iteration. A tuple of inputs are
             several arguments of the model.
         optimizer: from `make_optimizer`.
         lr_at: iteration -> learning rate, before the groups' multipliers.
         folder: of the run; it exists.
         clip_norm: gradients of a larger global L2 norm are scaled down to it, before weight decay (Caffe); None: never.
+        accumulate: iteration i takes the mean gradient of so many batches, `batches(i * accumulate)` and those after.
+        precision: "float32", or "bfloat16" for what torch.autocast computes in it.
+        validate: -> loss, top-1 and top-5 accuracy, a row of `validation.csv`; in evaluation mode.
+        validate_every: iterations.
 
     Returns:
         Seconds of training, those before an interruption included.
 
     Raises:
         FloatingPointError: the loss or a weight is NaN or infinite. No checkpoint is written of that.
+        ValueError: an unknown precision, or less than one batch to accumulate.
         OSError: the curve or a checkpoint cannot be written, or no checkpoint can be read.
     """
+    if precision not in PRECISIONS or accumulate < 1:
+        raise ValueError(
+            f"train.precision={precision}, train.accumulate={accumulate}: choose float32 or bfloat16, and at least 1"
+        )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = parameters[0].device
     if device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # the layout oneDNN computes in: a third faster
-    curve = folder / "curve.csv"
     start, seconds = _restore(folder, model, optimizer)
-    _cut_curve(curve, math.ceil(start / log_every))
+    first = distributed.rank() == 0
+    if first:
+        _cut(folder / "curve.csv", CURVE_HEADER, math.ceil(start / log_every))
+        if validate is not None:
+            _cut(folder / "validation.csv", VALIDATION_HEADER, start // validate_every)
+    network = model
+    if distributed.size() > 1:
+        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=PRECISIONS[precision] is not None)
     began = time.perf_counter() - seconds
     saved = time.perf_counter()
     total = torch.zeros((), device=device)  # of the losses since the last row; read there, to let the GPU run on
@@ -144,27 +174,41 @@ def train(
         for step in range(start, iterations):
             lr = lr_at(step)
             set_lr(optimizer, lr)
-            inputs, targets = batches(step)
             optimizer.zero_grad()
-            value = loss(model(*inputs) if isinstance(inputs, tuple) else model(inputs), targets)
-            value.backward()
+            for part in range(accumulate):
+                inputs, targets = batches(step * accumulate + part)
+                last = network is model or part == accumulate - 1  # with whose gradients the processes exchange all
+                with contextlib.nullcontext() if last else network.no_sync():
+                    with autocast:
+                        output = network(*inputs) if isinstance(inputs, tuple) else network(inputs)
+                        value = loss(output, targets)
+                    value, shown = value if isinstance(value, tuple) else (value, value)
+                    (value / accumulate).backward()
+                total += shown.detach() / accumulate
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
             optimizer.step()
-            total += value.detach()
             bar.update()
 
             done = step + 1
+            if validate is not None and done % validate_every == 0:
+                model.eval()
+                row = validate()
+                model.train()
+                if first:
+                    run.append_line(folder / "validation.csv", f"{done}," + ",".join(f"{number:.6g}" for number in row))
             if done % log_every and done < iterations:
                 continue
-            mean = total.item() / (step % log_every + 1)
+            mean = distributed.total(total).item() / distributed.size() / (step % log_every + 1)
             total.zero_()
             if not math.isfinite(mean):
                 raise _diverged(f"the mean loss is {mean}", done, lr)
             now = time.perf_counter()
-            run.append_line(curve, f"{done},{mean:.6g},{lr:.6g},{now - began:.1f}")
+            if first:
+                run.append_line(folder / "curve.csv", f"{done},{mean:.6g},{lr:.6g},{now - began:.1f}")
             bar.set_postfix(loss=f"{mean:.4f}", lr=f"{lr:.2g}", refresh=False)
-            if now - saved >= checkpoint_seconds or done == iterations:
+            due = done == iterations or now - saved >= checkpoint_seconds
+            if distributed.from_first(lambda due=due: due):
                 if not all(parameter.isfinite().all() for parameter in parameters):
                     raise _diverged("a weight is NaN or infinite", done, lr)
                 _save(folder, model, optimizer, done, now - began)
@@ -219,32 +263,31 @@ def _take(crops: Crops, part: slice) -> Crops:
 
 def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     """Load the newest checkpoint, or write the first; return iterations done and seconds spent so far."""
-    state = run.load_checkpoint(folder)
+    state = distributed.from_first(lambda: run.load_checkpoint(folder))
     if state is None:
         _save(folder, model, optimizer, 0, 0.0)
         return 0, 0.0
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"])
+    random = state["random"][distributed.rank() % len(state["random"])]
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
     return state["step"], state["seconds"]
 
 
 def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
-    state = {
-        "step": step,
-        "seconds": seconds,
-        "rng": torch.get_rng_state(),
-    }  # dropout draws from the global RNG
+    random = {"cpu": torch.get_rng_state()}  # dropout draws from the global generators
     if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
-    run.save_checkpoint(folder, state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        random["cuda"] = torch.cuda.get_rng_state()
+    state = {"step": step, "seconds": seconds, "random": distributed.gather(random)}
+    if distributed.rank() == 0:
+        run.save_checkpoint(folder, state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
 
-def _cut_curve(path: Path, rows: int) -> None:
-    """Begin the curve, or keep `rows` rows: a killed run may have written more since its checkpoint."""
-    lines = path.read_text().splitlines()[: 1 + rows] if rows else [CURVE_HEADER]
+def _cut(path: Path, header: str, rows: int) -> None:
+    """Begin a table, or keep `rows` rows: a killed run may have written more since its checkpoint."""
+    lines = path.read_text().splitlines()[: 1 + rows] if rows else [header]
     run.write_text(path, "\n".join(lines) + "\n")
 
 
@@ -256,4 +299,6 @@ def _diverged(what: str, step: int, lr: float) -> FloatingPointError:
 
 def _bar(name: str, total: int, unit: str, initial: int = 0) -> tqdm:
     """A progress bar on a terminal; in a log file, a line every half minute."""
-    return tqdm(desc=name, total=total, unit=unit, initial=initial, mininterval=0.2 if sys.stderr.isatty() else 30)
+    interval = 0.2 if sys.stderr.isatty() else 30
+    hidden = distributed.rank() > 0
+    return tqdm(desc=name, total=total, unit=unit, initial=initial, mininterval=interval, disable=hidden)

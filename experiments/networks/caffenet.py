@@ -37,6 +37,7 @@ class CaffeNet(nn.Sequential):
 
     caffe_fillers = REFERENCE_FILLERS
     head = "fc8"
+    heads = ("fc8",)
 
     def __init__(
         self,

@@ -74,8 +74,12 @@ class GoogLeNet(nn.Module):
             self.add_module(name, classifier)
         self.input_size = input_size
         self.auxiliary = auxiliary
+        self.heads = ["loss3.classifier", *(f"{name}.classifier" for name in classifiers)]
+        layers = [name for name, layer in self.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        self.caffe_fillers = {name: ("xavier", 0.0 if name in self.heads else 0.2) for name in layers}
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, auxiliary: bool | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """With `auxiliary` the auxiliary outputs too; None: in training mode, where there are some."""
         x = F.relu(self.conv1["7x7_s2"](x), inplace=True)
         x = self.norm1(_pool(x))
         x = F.relu(self.conv2["3x3_reduce"](x), inplace=True)
@@ -87,7 +91,9 @@ class GoogLeNet(nn.Module):
         x = _pool(self.inception_4e(d))
         x = self.inception_5b(self.inception_5a(x))
         x = self.loss3["classifier"](self.dropout(x.mean((2, 3))))
-        return (x, self.loss1(a), self.loss2(d)) if self.auxiliary and self.training else x
+        if self.auxiliary and self.training if auxiliary is None else auxiliary:
+            return x, self.loss1(a), self.loss2(d)
+        return x
 
 
 class Inception(nn.ModuleDict):

@@ -6,7 +6,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from experiments.engine.optim import make_optimizer, set_lr, step_policy
+from experiments.engine.optim import lr_policy, make_optimizer, set_lr
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "bias_lr_mult": 2, "bias_decay_mult": 1}
@@ -25,7 +25,7 @@ def errors_along_caffes_path(model, change_lr):
     images, labels = torch.from_numpy(truth["images"]), torch.from_numpy(truth["labels"])
     # caffe_small_solver.prototxt
     sgd = optimizer(model, lr=0.02, weight_decay=0.01, bias_decay_mult=0)
-    lr_at = step_policy(0.02, 0.1, 5)
+    lr_at = lr_policy(0.02, {"lr_gamma": 0.1, "lr_every": 5})
     errors, losses = [], []
     for iteration in range(12):
         change_lr(sgd, lr_at(iteration))
@@ -99,6 +99,12 @@ def test_an_unknown_optimizer_is_refused():
         optimizer(nn.Linear(2, 2), name="lars")
 
 
-def test_the_step_policy():
-    lr_at = step_policy(0.001, 0.5, 10_000)
-    assert [lr_at(n) for n in (0, 9_999, 10_000, 79_999)] == [0.001, 0.001, 0.0005, 0.001 * 0.5**7]
+def test_the_policies():
+    step = {"lr_gamma": 0.5, "lr_every": 10_000}
+    for settings in (step, step | {"lr_policy": "step"}):
+        lr_at = lr_policy(0.001, settings)
+        assert [lr_at(n) for n in (0, 9_999, 10_000, 79_999)] == [0.001, 0.001, 0.0005, 0.001 * 0.5**7]
+    lr_at = lr_policy(0.01, {"lr_policy": "poly", "lr_power": 0.5, "iterations": 400})
+    assert [lr_at(n) for n in (0, 300, 399)] == pytest.approx([0.01, 0.005, 0.0005])
+    with pytest.raises(ValueError, match=r"train\.lr_policy=cosine: choose step or poly"):
+        lr_policy(0.01, {"lr_policy": "cosine"})

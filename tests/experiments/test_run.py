@@ -206,7 +206,7 @@ def test_the_device_is_set_up(monkeypatch, tf32):
     assert torch.get_num_threads() == 1
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert run.set_up("auto", 1, tf32) == run.set_up("cuda", 1, tf32) == torch.device("cuda")
+    assert run.set_up("auto", 1, tf32) == run.set_up("cuda", 1, tf32) == torch.device("cuda", 0)
     assert run.set_up("cpu", 1, tf32) == torch.device("cpu")
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from experiments.data.images import Crops, ImageCache, crop, random_crops
 from experiments.engine import run
-from experiments.engine.optim import make_optimizer, set_lr, step_policy
+from experiments.engine.optim import lr_policy, make_optimizer, set_lr
 from experiments.engine.trainer import CropBatches, predict, train
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -119,7 +119,7 @@ def problem(device="cpu"):
     return model, make_optimizer(model, OmegaConf.create(sgd)), batches_of(cache, targets)
 
 
-LR_AT = step_policy(0.001, 0.5, 6)
+LR_AT = lr_policy(0.001, {"lr_gamma": 0.5, "lr_every": 6})
 
 
 def fit(folder, model, optimizer, batches, loss=nn.functional.mse_loss, **changes):
@@ -216,7 +216,7 @@ def test_seconds_add_up_over_interruptions(tmp_path):
         {
             "step": 5,
             "seconds": 100.0,
-            "rng": torch.get_rng_state(),
+            "random": [{"cpu": torch.get_rng_state()}],
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
         },
@@ -251,6 +251,95 @@ def test_weights_that_are_nan_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="a weight is NaN or infinite at step 1 "):
         fit(tmp_path, model, optimizer, batches, loss, log_every=1)
     assert run.load_checkpoint(tmp_path)["step"] == 0
+
+
+def test_the_curve_shows_the_second_of_two_losses(tmp_path):
+    losses = []
+
+    def loss(outputs, targets):
+        value = nn.functional.mse_loss(outputs, targets)
+        losses.append(2 * value.item())
+        return value, 2 * value
+
+    model, *rest = problem()
+    fit(tmp_path / "pair", model, *rest, loss)
+    plain, *rest = problem()
+    fit(tmp_path / "one", plain, *rest)
+    assert same(model.state_dict(), plain.state_dict())
+    curve = pd.read_csv(tmp_path / "pair" / "curve.csv")
+    assert curve["loss"][0] == pytest.approx(np.mean(losses[:5]), rel=1e-4)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_a_batch_add_up_to_it(tmp_path, parts):
+    def without_dropout():
+        model, optimizer, _ = problem()
+        model[3].p = 0.0
+        model[1].eval()  # its statistics are those of a part
+        model[1].train = lambda mode: model[1]
+        return model, optimizer
+
+    batches = batches_of(noise(12), torch.arange(24.0).view(12, 2) / 24, batch_size=6)
+
+    def divided(number):
+        return tuple(part.chunk(parts)[number % parts] for part in batches(number // parts))
+
+    whole, optimizer = without_dropout()
+    fit(tmp_path / "whole", whole, optimizer, batches)
+    model, optimizer = without_dropout()
+    fit(tmp_path / "parts", model, optimizer, divided, accumulate=parts)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    curves = [pd.read_csv(tmp_path / name / "curve.csv")["loss"] for name in ("whole", "parts")]
+    np.testing.assert_allclose(*curves, rtol=1e-4)
+
+
+def test_validation_comes_in_time_and_goes_on_where_it_was(tmp_path):
+    model, optimizer, batches = problem()
+
+    def validate():
+        assert not model.training
+        return model[5].weight.sum().item(), 0.25, 1.0
+
+    fit(tmp_path / "whole", model, optimizer, batches, validate=validate, validate_every=4)
+    table = pd.read_csv(tmp_path / "whole" / "validation.csv")
+    assert table["step"].tolist() == [4, 8, 12, 16, 20]
+    assert table["top1"].tolist() == [0.25] * 5
+    assert table["loss"].nunique() == 5
+    plain, *rest = problem()
+    fit(tmp_path / "plain", plain, *rest)
+    assert same(model.state_dict(), plain.state_dict())  # to look at a model does not change its training
+
+    model, optimizer, batches = problem()
+
+    def stopping(step):
+        if step == 14:
+            raise Stop
+        return batches(step)
+
+    settings = {"validate": validate, "validate_every": 4}
+    with pytest.raises(Stop):
+        fit(tmp_path / "parts", model, optimizer, stopping, **settings)  # a row at 12, a checkpoint at 10
+    assert len(pd.read_csv(tmp_path / "parts" / "validation.csv")) == 3
+    model, optimizer, batches = problem()
+    fit(tmp_path / "parts", model, optimizer, batches, **settings)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "parts" / "validation.csv"), table)
+
+
+def test_half_precision_trains_nearly_the_same(tmp_path):
+    whole, *rest = problem()
+    fit(tmp_path / "whole", whole, *rest)
+    model, *rest = problem()
+    fit(tmp_path / "half", model, *rest, precision="bfloat16")
+    assert not same(model.state_dict(), whole.state_dict())
+    assert all(value.dtype == whole.state_dict()[name].dtype for name, value in model.state_dict().items())
+    torch.testing.assert_close(model[0].weight, whole[0].weight, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("options", [{"precision": "float16"}, {"accumulate": 0}])
+def test_settings_that_cannot_be(tmp_path, options):
+    with pytest.raises(ValueError, match=r"choose float32 or bfloat16, and at least 1"):
+        fit(tmp_path, *problem(), **options)
 
 
 def test_frozen_parameters_stay(tmp_path):

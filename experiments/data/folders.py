@@ -1,0 +1,318 @@
+"""Images in a folder per class (ImageNet, Tiny ImageNet, Caltech): their lists, and batches of crops of them.
+
+training, validation = read_folders({"root": "data/ILSVRC2012", "train": "train", "val": "val"})
+images = Images(training.paths, 256, cache=None, bad=Path("bad_images.txt"))
+batches = FolderBatches(images, training.labels, batch_size=256, seed=0, size=227, ...)
+inputs, labels = batches(step)
+"""
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from tqdm import tqdm
+
+from experiments.data.images import Crops, ImageCache, crop, read_scaled, seeded, squash
+from experiments.engine.run import append_line
+
+HELD_OUT = 5  # of images that come without a division into training and validation, every fifth of a class validates
+BAD = -1  # label of an image that cannot be decoded
+ANNOTATIONS = "val_annotations.txt"  # how Tiny ImageNet tells the classes of its validation images
+
+
+@dataclass(frozen=True, eq=False)
+class Folders:
+    """The images of one part of a data set.
+
+    - `classes`: names, sorted.
+    - `paths`: N image files, class after class.
+    - `labels`: int64 (N,), indices into `classes`.
+    """
+
+    classes: list[str]
+    paths: list[str]
+    labels: Tensor
+
+
+def read_folders(data: Mapping) -> tuple[Folders, Folders]:
+    """The training and the validation images below `data.root`: `data.train` and `data.val`, with a folder per class.
+
+    Validation images of Tiny ImageNet as it is published are sorted into classes by their list. Where there is neither
+    of the two folders, those in `data.root` are the classes, and every fifth image of a class is kept for validation.
+
+    Raises:
+        FileNotFoundError: no such folder, no class, or a class without an image.
+        ValueError: training and validation have other classes, or a list does not fit its images.
+    """
+    root = Path(data["root"])
+    remedy = "set data.root to a folder that holds train and val, or one folder per class"
+    if not root.is_dir():
+        raise FileNotFoundError(f"no images in {root}, which is no folder: {remedy}")
+    train, val = root / data["train"], root / data["val"]
+    if not train.exists() and not val.exists():
+        return _divided(_read(root, remedy))
+    for folder in (train, val):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is missing: {remedy}")
+    training = _read(train, remedy)
+    validation = _annotated(val, training.classes) if (val / ANNOTATIONS).exists() else _read(val, remedy)
+    if validation.classes != training.classes:
+        differ = sorted({*training.classes} ^ {*validation.classes})
+        raise ValueError(
+            f"{train} has {len(training.classes)} classes and {val} {len(validation.classes)}, of which {len(differ)} "
+            f"are in one only, such as {', '.join(differ[:3])}: both need a folder of the same name for every class"
+        )
+    return training, validation
+
+
+def _read(folder: Path, remedy: str) -> Folders:
+    try:
+        classes, index = find_classes(folder)
+    except FileNotFoundError as error:
+        lying = sum(name.lower().endswith(IMG_EXTENSIONS) for name in os.listdir(folder))
+        found = f"{lying} images lie in it, sorted into no classes" if lying else "it has no folders"
+        raise FileNotFoundError(f"{folder} has no classes, {found}: {remedy}") from error
+    try:
+        paths, labels = zip(*make_dataset(folder, index, IMG_EXTENSIONS), strict=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder}: {error} Add images to these classes, or remove their folders") from error
+    return Folders(classes, list(paths), torch.tensor(labels))
+
+
+def _annotated(folder: Path, classes: Sequence[str]) -> Folders:
+    """The validation images of Tiny ImageNet: a line has the name of a file, its class and a box."""
+    rows = [line.split("\t")[:2] for line in (folder / ANNOTATIONS).read_text().splitlines()]
+    index = {name: number for number, name in enumerate(classes)}
+    wrong = next((row for row in rows if len(row) < 2), None)
+    missing = next((row[0] for row in rows if not (folder / "images" / row[0]).is_file()), None)
+    if not rows or wrong or missing:
+        what = f"the line {wrong}" if wrong else f"images/{missing}, which is missing" if missing else "no images"
+        raise ValueError(f"{folder / ANNOTATIONS} lists {what}: unpack the data set again")
+    rows = sorted((name, file) for file, name in rows if name in index)
+    found = [name for name in classes if name in {name for name, _ in rows}]
+    paths = [str(folder / "images" / file) for _, file in rows]
+    return Folders(found, paths, torch.tensor([index[name] for name, _ in rows]))
+
+
+def _divided(every: Folders) -> tuple[Folders, Folders]:
+    """Training and validation, of the same classes."""
+    first = torch.searchsorted(every.labels, every.labels)  # of the image's class
+    held_out = (torch.arange(len(every.labels)) - first) % HELD_OUT == HELD_OUT - 1
+    parts = (~held_out, held_out)
+    lacking = [every.classes[label] for label in set(every.labels.tolist()) - set(every.labels[held_out].tolist())]
+    if lacking:
+        raise ValueError(
+            f"class {min(lacking)} has less than {HELD_OUT} images, too few to keep one for validation: add some, or "
+            "divide the images into the folders data.train and data.val"
+        )
+    return tuple(
+        Folders(every.classes, [every.paths[i] for i in part.nonzero()[:, 0]], every.labels[part]) for part in parts
+    )
+
+
+class Images:
+    """The images of a list as arrays: decoded when they are asked for, or once, into a file of pixels.
+
+    Args:
+        paths: image files.
+        short: pixels of the short side, to which each image is scaled.
+        cache: folder for the decoded images, as `ImageCache.open` keeps them; None decodes them every time.
+        bad: file to which the names of images are appended that cannot be decoded, as they are met.
+    """
+
+    def __init__(self, paths: Sequence[str], short: int, cache: str | Path | None, bad: Path):
+        self.paths, self.short, self.bad = paths, short, bad
+        self.cache = None if cache is None else ImageCache.open([*map(Path, paths)], cache, short)
+        self.named: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def pixels(self, index: int) -> Tensor:
+        """uint8 (height, width, 3), RGB; a single black pixel for an image that cannot be decoded."""
+        if self.cache is not None:
+            return self.cache.image(index)
+        return torch.from_numpy(read_scaled(self.paths[index], self.short))
+
+    def load(
+        self, index: Callable[[int], Tensor], numbers: Iterable[int], workers: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, ImageCache, Tensor]]:
+        """Batches of images, one for each of `numbers`, in their order; decoded by so many processes.
+
+        Args:
+            index: number -> the images of a batch, int64 (B,).
+
+        Yields:
+            `index(number)`, the images on `device`, and which of them are bad, bool (B,).
+        """
+        on_gpu = device.type == "cuda"
+        batches = DataLoader(
+            _Batches(self, index),
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            pin_memory=on_gpu,
+            generator=torch.Generator(),  # else it draws from the global one, as dropout does
+        )
+        for chosen, pixels, heights, widths in batches:
+            bad = torch.minimum(heights, widths) < self.short
+            self._name(chosen[bad].tolist())
+            areas = heights * widths
+            parts = (pixels, areas.cumsum(0) - areas, heights, widths)
+            yield chosen, ImageCache(*(part.to(device, non_blocking=on_gpu) for part in parts)), bad
+
+    def _name(self, bad: list[int]) -> None:
+        for index in sorted({*bad} - self.named):
+            self.named.add(index)
+            tqdm.write(f"cannot decode the image {self.paths[index]}: left out", file=sys.stderr)
+            append_line(self.bad, self.paths[index])
+
+
+class _Batches(Dataset):
+    """What a process of a `DataLoader` makes of the number of a batch: its images, one after the other."""
+
+    def __init__(self, images: Images, index: Callable[[int], Tensor]):
+        self.images, self.index = images, index
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        index = self.index(number)
+        found = [self.images.pixels(i) for i in index.tolist()]
+        heights, widths = torch.tensor([image.shape[:2] for image in found]).unbind(1)
+        return index, torch.cat([image.reshape(-1, 3) for image in found]), heights, widths
+
+
+class FolderBatches:
+    """Endless batches of random crops: `batches(number)` depends on the arguments here and on `number` alone.
+
+    Each epoch has an order, and each image a crop and a side of its own in it, whatever the number of processes: of
+    every batch the process `rank` has the images rank, rank + world, ... Images that do not fill a last step sit out
+    that epoch.
+
+    Args:
+        images: the training images.
+        labels: int64 (N,).
+        batch_size: images a step, of all processes and of all parts.
+        parts: batches into which a step is divided, as `accumulate` of the trainer.
+        rank, world: number of this process, and of all of them.
+        seed: of orders and crops.
+        size: pixels of the side of a crop; no source pixel is scaled.
+        mirror: turn half of the crops left to right.
+        mean: as in `crop`.
+        workers: processes that decode; 0: none but this.
+        device: of the crops.
+
+    Raises:
+        ValueError: fewer images than one step, a step that cannot be divided, or crops larger than the images.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        parts: int,
+        rank: int,
+        world: int,
+        seed: int,
+        size: int,
+        mirror: bool,
+        mean: Sequence[float],
+        workers: int,
+        device: torch.device,
+    ):
+        if len(images) < batch_size:
+            raise ValueError(f"{len(images)} images do not fill a batch of {batch_size}: lower train.batch_size")
+        if batch_size % (parts * world):
+            raise ValueError(
+                f"train.batch_size={batch_size} cannot be divided by {world} process(es) times train.accumulate={parts}"
+            )
+        check_size(size, images)
+        self.images, self.labels = images, labels
+        self.steps, self.part, self.parts = len(images) // batch_size, batch_size // parts, parts
+        self.rank, self.world, self.seed = rank, world, seed
+        self.size, self.mirror, self.mean, self.workers, self.device = size, mirror, mean, workers, device
+        self.epoch, self.next, self.stream = -1, -1, iter(())
+
+    def __call__(self, number: int) -> tuple[Tensor, Tensor]:
+        """Inputs (B, 3, size, size) and labels (B,), `BAD` for images that could not be decoded; on the device.
+
+        Args:
+            number: step * parts + part, from 0.
+        """
+        if number != self.next:
+            self.stream = self.images.load(self.index, itertools.count(number), self.workers, self.device)
+        index, cache, bad = next(self.stream)
+        self.next = number + 1
+        self._start(number // (self.steps * self.parts))
+        y, x, turn = self.draws[:, index]
+        windows = _windows(cache, self.size, y, x, (turn < 0.5) & self.mirror)
+        inputs = crop(cache, torch.arange(len(index)), windows, self.size, self.mean)
+        return inputs, self.labels[index].masked_fill(bad, BAD).to(self.device)
+
+    def index(self, number: int) -> Tensor:
+        """The images of this process in a batch."""
+        epoch, position = divmod(number, self.steps * self.parts)
+        self._start(epoch)
+        return self.order[position * self.part : (position + 1) * self.part][self.rank :: self.world]
+
+    def _start(self, epoch: int) -> None:
+        if epoch == self.epoch:
+            return
+        generator = seeded(self.seed, epoch)
+        self.order = torch.randperm(len(self.images), generator=generator)
+        self.draws = torch.rand(3, len(self.images), dtype=torch.float64, generator=generator)
+        self.epoch = epoch
+
+
+def check_size(size: int, images: Images) -> None:
+    """Raises ValueError for crops that are larger than the images."""
+    if size > images.short:
+        raise ValueError(f"crops of {size} pixels do not fit images of {images.short}: raise data.short")
+
+
+def centres(
+    images: Images,
+    *,
+    batch_size: int,
+    rank: int,
+    world: int,
+    size: int,
+    mean: Sequence[float],
+    workers: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The middle of each image of this process, in batches: index (B,), inputs (B, 3, size, size), bad (B,).
+
+    Arguments and errors are those of `FolderBatches`.
+    """
+    check_size(size, images)
+    mine = torch.arange(rank, len(images), world).split(batch_size)
+    for index, cache, bad in images.load(mine.__getitem__, range(len(mine)), workers, device):
+        middle = torch.full((len(index),), 0.5, dtype=torch.float64)
+        windows = _windows(cache, size, middle, middle, torch.zeros(len(index), dtype=torch.bool))
+        yield index, crop(cache, torch.arange(len(index)), windows, size, mean), bad
+
+
+def squashed(images: Images, index: Tensor, size: int, mean: Sequence[float]) -> Tensor:
+    """The images `index`, each whole and squashed to a square, on the CPU; without those that cannot be decoded."""
+    chosen = index.split(64)
+    found = []
+    for _, cache, bad in images.load(chosen.__getitem__, range(len(chosen)), 0, torch.device("cpu")):
+        good = (~bad).nonzero()[:, 0]
+        found.append(squash(cache, good, size, mean))
+    return torch.cat(found)
+
+
+def _windows(cache: ImageCache, size: int, y: Tensor, x: Tensor, flip: Tensor) -> Crops:
+    """Squares of whole pixels at a fraction of the way from the top and from the left; (B,)."""
+    top, left = (((side.cpu() - size + 1) * part).floor() for side, part in ((cache.heights, y), (cache.widths, x)))
+    side = torch.full_like(top, size)
+    return Crops(top, left, side, side, flip)

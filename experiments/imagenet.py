@@ -1,0 +1,204 @@
+"""Train CaffeNet or GoogLeNet on ImageNet or another set of folders (Krähenbühl et al. 2016, Figures 3 and 4).
+
+    python experiments/imagenet.py init=kmeans data.root=/path/to/ILSVRC2012
+    torchrun --nproc-per-node=8 experiments/imagenet.py init=kmeans data.root=/path/to/ILSVRC2012
+
+Every setting is in configs/imagenet.yaml and the groups beside it. A run that was killed goes on when the same
+command is given again. The last line printed is the path of the result record.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import hydra
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from experiments.data.download import prepare
+from experiments.data.folders import BAD, FolderBatches, Folders, Images, centres, read_folders, squashed
+from experiments.engine import distributed, run
+from experiments.engine.init import set_weights
+from experiments.engine.trainer import train_as
+
+# The lines of the paper's figures: initialization, and whether there is LRN (Figure 3) or auxiliary losses (Figure 4).
+LINES = {
+    "figure3": {
+        ("caffe", True): "Reference",
+        ("msra", True): "MSRA",
+        ("gaussian", True): "Random (ours)",
+        ("kmeans", True): "k-means (ours)",
+        ("kmeans", False): "k-means, no LRN (ours)",
+    },
+    "figure4": {
+        ("caffe", True): "Reference",
+        ("kmeans", True): "k-means (ours)",
+        ("kmeans", False): "k-means, single loss (ours)",
+    },
+}
+AUXILIARY_WEIGHT = 0.3  # of each auxiliary loss; BVLC/caffe, models/bvlc_googlenet
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="imagenet")
+@run.one_line_errors
+def main(cfg: DictConfig) -> None:
+    if cfg.published and line_of(cfg, cfg.published) is None:
+        print(f"not run: {cfg.published} of the paper has no such line; published=null runs it too")
+        return
+    device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
+    with distributed.processes(device):
+        folder = run.run_folder(cfg)
+        record = folder / "record.json"
+        if not run.is_done(record):
+            with run.open_folder(folder) if distributed.rank() == 0 else contextlib.nullcontext():
+                run_here(cfg, folder, record, device)
+
+
+def line_of(cfg: Mapping, figure: str) -> str | None:
+    """The line of a figure of the paper that a configuration draws; None if it has no such line."""
+    choice = {"figure3": "lrn", "figure4": "auxiliary"}[figure]
+    return LINES[figure].get((run.init_key(cfg["init"]), cfg["model"].get(choice)))
+
+
+def run_here(cfg: DictConfig, folder: Path, record: Path, device: torch.device) -> None:
+    """The run, or the part of it that is this process's."""
+    distributed.from_first(lambda: prepare(cfg.data))  # and the folder is there
+    training, validation = read_folders(cfg.data)
+    bad = {part: folder / f"bad_{part}.txt" for part in ("train", "val")}
+    images, others = (
+        Images(found.paths, cfg.data.short, cfg.data.cache, bad[part])
+        for part, found in (("train", training), ("val", validation))
+    )
+    model = instantiate(cfg.model, num_outputs=len(training.classes)).to(device)
+    crops = {"size": cfg.crop.size, "mean": tuple(cfg.data.mean), "device": device, "workers": workers_of(cfg)}
+    crops |= {"rank": distributed.rank(), "world": distributed.size()}
+    batches = FolderBatches(
+        images,
+        training.labels,
+        **crops,
+        batch_size=cfg.train.batch_size,
+        parts=cfg.train.accumulate,
+        mirror=cfg.crop.mirror,
+        seed=cfg.seed,
+    )
+    init_seconds = 0.0
+    if distributed.rank() == 0 and not run.has_checkpoint(folder):
+        init_seconds = initialize(cfg, model, images)
+    torch.manual_seed(cfg.seed + distributed.rank())  # of dropout
+    validate = partial(evaluate, model, others, validation, crops, cfg.evaluate.batch_size)
+    options = {name: cfg.train[name] for name in ("accumulate", "precision", "validate_every")}
+    train_seconds = train_as(cfg, model, classification_loss, batches, folder, **options, validate=validate)
+
+    began = time.perf_counter()
+    model.eval()
+    loss, top1, top5 = validate()
+    times = {"init": init_seconds, "train": train_seconds, "evaluate": time.perf_counter() - began}
+    if distributed.rank() == 0:
+        bad_images = {part: len({*path.read_text().splitlines()}) if path.exists() else 0 for part, path in bad.items()}
+        run.write_record(
+            record,
+            cfg,
+            device,
+            data=f"{cfg.data.name}, {len(training.classes)} classes, {len(images)} + {len(others)} images",
+            metrics={"loss": loss, "top1": top1, "top5": top5},
+            times=times,
+            processes=distributed.size(),
+            epoch=len(images) / cfg.train.batch_size,
+            bad_images=bad_images,
+            curve="curve.csv",
+            validation="validation.csv",
+        )
+        print(f"\nvalidation: loss {loss:.3f}, top-1 {100 * top1:.1f} %, top-5 {100 * top5:.1f} %")
+        print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in times.items()))
+        for part, count in bad_images.items():
+            if count:
+                print(f"{count} images of {part} could not be decoded and were left out: {bad[part]}")
+        print(record)
+
+
+def workers_of(cfg: DictConfig) -> int:
+    """Processes that decode images for this one."""
+    if cfg.workers is not None:
+        return cfg.workers
+    if cfg.data.cache is not None:
+        return 0  # nothing is left to decode
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> float:
+    """Initialize all classifiers of the model, too, in proportion to their losses; return the seconds it took.
+
+    With `zero_classifiers` those of our own initializations become 0 afterwards (section 4.5).
+    """
+    chosen = None
+    if "images" in cfg.init:
+        if cfg.init.images > len(images):
+            raise ValueError(f"init.images={cfg.init.images}, but there are only {len(images)} images: lower it")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(cfg.seed))
+        chosen = squashed(images, order[: cfg.init.images], cfg.crop.size, tuple(cfg.data.mean))
+        chosen = chosen.to(next(model.parameters()).device)
+    began = time.perf_counter()
+    every = Classifiers(model) if chosen is not None and len(model.heads) > 1 else model
+    report = set_weights(every, cfg.init, chosen, cfg.seed)
+    seconds = time.perf_counter() - began
+    if cfg.zero_classifiers and cfg.init.method == "initialize":
+        for name in model.heads:
+            for parameter in model.get_submodule(name).parameters():
+                nn.init.zeros_(parameter)
+    if report is not None:
+        print(report, flush=True)
+    return seconds
+
+
+class Classifiers(nn.Module):
+    """A network with auxiliary classifiers whose outputs are as large as their parts of the loss, in either mode.
+
+    Those classifiers run in training mode only, and an initialization looks at a network in evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        output, *auxiliary = self.model(x, auxiliary=True)
+        return output, *(AUXILIARY_WEIGHT * other for other in auxiliary)
+
+
+def classification_loss(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax cross-entropy, mean over the images, with and without auxiliary losses; bad images count as 0."""
+    output, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, ignore_index=BAD, reduction="sum") / len(labels)
+
+    final = loss(output)
+    return final + AUXILIARY_WEIGHT * sum(map(loss, auxiliary)), final
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, images: Images, folders: Folders, crops: dict, batch_size: int
+) -> tuple[float, float, float]:
+    """Loss, top-1 and top-5 accuracy over the middles of all images that can be decoded; of all processes together."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    for index, inputs, bad in centres(images, batch_size=batch_size, **crops):
+        labels = folders.labels[index][~bad]
+        logits = model(inputs).float().cpu()[~bad]
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([loss.double(), best[:, 0].sum(), best.sum(), torch.tensor(len(labels))])
+    *found, count = distributed.total(sums).tolist()
+    if not count:
+        raise ValueError(f"none of the {len(images)} validation images can be decoded: mend data.root")
+    return tuple(value / count for value in found)
+
+
+if __name__ == "__main__":
+    main()

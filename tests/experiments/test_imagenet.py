@@ -1,0 +1,333 @@
+"""Training on folders of images: one process and several, end to end on the generated set."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+import initializers
+from experiments.data.demo import make_demo_folders
+from experiments.data.folders import BAD, Folders, Images
+from experiments.engine import run
+from experiments.imagenet import Classifiers, classification_loss, evaluate, line_of
+from experiments.networks import CaffeNet, GoogLeNet
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "experiments" / "imagenet.py"
+
+
+def config(*overrides):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("imagenet", list(overrides))
+
+
+# The parts.
+
+
+def test_the_loss_counts_auxiliary_classifiers_and_leaves_bad_images_out():
+    generator = torch.Generator().manual_seed(0)
+    logits, first, second = torch.randn(3, 6, 4, generator=generator)
+    labels = torch.tensor([0, 3, BAD, 1, 2, BAD])
+    good = labels != BAD
+    final, one, two = (
+        nn.functional.cross_entropy(part[good], labels[good], reduction="sum") / 6 for part in (logits, first, second)
+    )
+    value, shown = classification_loss(logits, labels)
+    assert value == shown == pytest.approx(final.item())
+    value, shown = classification_loss((logits, first, second), labels)
+    assert value == pytest.approx((final + 0.3 * (one + two)).item())
+    assert shown == pytest.approx(final.item())
+    assert classification_loss(logits, torch.full((6,), BAD))[0] == 0
+
+
+def test_auxiliary_classifiers_are_initialized_with_the_network():
+    torch.manual_seed(0)
+    model = GoogLeNet(10, input_size=64, width=0.125, lrn=False, auxiliary=True)
+    images = 40 * torch.nn.functional.avg_pool2d(torch.randn(40, 3, 68, 68), 5, stride=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = initializers.initialize(Classifiers(model), images, "gaussian")
+    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(report.layers) == 64
+    assert report.output_change < 1e-4
+    assert report.spread_after < report.spread_before / 10
+    outputs = Classifiers(model.eval())(images)
+    model.training = True  # without dropout
+    for weight, one, other in zip((1, 0.3, 0.3), outputs, model(images), strict=True):
+        torch.testing.assert_close(one, weight * other)
+
+
+def test_the_reference_of_googlenet_is_caffes():
+    model = GoogLeNet(10, input_size=64, width=0.25, auxiliary=True)
+    initializers.caffe(model, seed=3)
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            assert (layer.bias == (0 if name.endswith("classifier") else 0.2)).all(), name
+            limit = (3 / layer.weight[0].numel()) ** 0.5
+            assert 0.9 * limit < layer.weight.abs().max() <= limit, name
+
+
+def test_lines_of_the_figures():
+    assert line_of(config("init=caffe"), "figure3") == "Reference"
+    assert line_of(config("init=kmeans", "model.lrn=false"), "figure3") == "k-means, no LRN (ours)"
+    assert line_of(config("init=msra", "model.lrn=false"), "figure3") is None
+    assert line_of(config("init=kmeans", "init.between=false"), "figure3") is None
+    assert line_of(config("init=kmeans", "model=googlenet"), "figure4") == "k-means, single loss (ours)"
+    assert line_of(config("model=googlenet", "model.auxiliary=true", "init=caffe"), "figure4") == "Reference"
+
+
+def test_the_solvers_are_caffes():
+    caffenet, googlenet = config(), config("model=googlenet")
+    assert (caffenet.train.iterations, caffenet.train.batch_size, caffenet.train.validate_every) == (
+        320_000,
+        256,
+        2_000,
+    )
+    assert (caffenet.optimizer.lr, caffenet.optimizer.momentum, caffenet.optimizer.weight_decay) == (0.01, 0.9, 5e-4)
+    assert (caffenet.train.lr_policy, caffenet.train.lr_every, caffenet.train.lr_gamma) == ("step", 100_000, 0.1)
+    assert (googlenet.train.iterations, googlenet.train.batch_size) == (2_400_000, 32)
+    assert (googlenet.train.lr_policy, googlenet.train.lr_power, googlenet.train.validate_every) == ("poly", 0.5, 4_000)
+    for cfg, size in ((caffenet, 227), (googlenet, 224)):
+        assert cfg.optimizer.lr == 0.01
+        assert (cfg.optimizer.bias_lr_mult, cfg.optimizer.bias_decay_mult) == (2, 0)
+        assert (cfg.crop.size, cfg.data.short, cfg.train.clip_norm) == (size, 256, None)
+    assert googlenet.optimizer.weight_decay == 2e-4
+
+
+# End to end.
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folder of a generated set, and one for its decoded images."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    make_demo_folders(folder / "set")
+    return folder
+
+
+@pytest.fixture
+def command(data, tmp_path):
+    """The command line of a short run, of one process or of several."""
+
+    def build(*overrides, processes=1):
+        start = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+        )
+        return [
+            *(sys.executable, *start, SCRIPT, "preset=demo", f"data.root={data / 'set'}"),
+            *(f"data.cache={data / 'cache'}", "output=outputs", "init=xavier", "train.iterations=20"),
+            *("train.log_every=5", "train.validate_every=10", *overrides),
+        ]
+
+    return build
+
+
+@pytest.fixture
+def execute(command, tmp_path):
+    def start(*overrides, **options):
+        environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+        return subprocess.run(
+            command(*overrides, **options),
+            cwd=tmp_path,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+
+    return start
+
+
+def folder_of(done, tmp_path):
+    assert done.returncode == 0, done.stderr
+    return (tmp_path / done.stdout.splitlines()[-1]).parent
+
+
+def error_of(failed):
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    (line,) = (line for line in failed.stderr.splitlines() if line.startswith("error: "))
+    return line
+
+
+def weights(folder):
+    return run.load_checkpoint(folder)["model"]
+
+
+def test_a_run_from_the_images_to_the_record(execute, tmp_path):
+    done = execute("init=kmeans", "train.iterations=60", "workers=2", "data.cache=null")
+    folder = folder_of(done, tmp_path)
+    record = json.loads((folder / "record.json").read_text())
+    assert record["data"] == "demo-folders, 20 classes, 800 + 200 images"
+    assert record["bad_images"] == {"train": 0, "val": 0}
+    assert record["processes"] == 1
+    assert record["epoch"] == 25
+    curve, validation = pd.read_csv(folder / "curve.csv"), pd.read_csv(folder / "validation.csv")
+    assert curve["step"].tolist() == list(range(5, 61, 5))
+    assert validation["step"].tolist() == [10, 20, 30, 40, 50, 60]
+    last = validation.iloc[-1]
+    assert record["metrics"] == pytest.approx(
+        {"loss": last["loss"], "top1": last["top1"], "top5": last["top5"]}, rel=1e-4
+    )
+    assert record["metrics"]["loss"] < 2.5 < curve["loss"][0]  # it learns: chance is log(20) = 3.0
+    assert 0.2 < record["metrics"]["top1"] < record["metrics"]["top5"] <= 1
+    assert f"top-1 {100 * last['top1']:.1f} %" in done.stdout
+    assert "this run is done" in execute("init=kmeans", "train.iterations=60", "workers=2", "data.cache=null").stdout
+
+
+def test_classifiers_start_at_zero_after_an_initialization_of_ours_only(execute, tmp_path):
+    settings = ("train.iterations=0", "init.images=60")
+    for override, zero in ((("init=pca",), True), (("init=pca", "zero_classifiers=false"), False)):
+        state = weights(folder_of(execute(*settings, *override), tmp_path))
+        assert (state["fc8.weight"].abs().max() == 0) == zero
+        assert state["fc7.weight"].abs().max() > 0
+    state = weights(folder_of(execute("train.iterations=0"), tmp_path))
+    assert state["fc8.weight"].abs().max() > 0
+
+
+def test_bad_images_are_counted_and_not_fatal(execute, data, tmp_path):
+    root = tmp_path / "set"
+    for part in ("train", "val"):
+        for name in ("bus", "cat"):
+            (root / part / name).mkdir(parents=True)
+            for path in (data / "set" / part / name).iterdir():
+                (root / part / name / path.name).write_bytes(path.read_bytes())
+    bad = {root / "train" / "bus" / "0003.jpg", root / "train" / "cat" / "0007.jpg", root / "val" / "cat" / "0001.jpg"}
+    for path in bad:
+        os.truncate(path, 500)
+    done = execute(
+        "data.name=mine",
+        f"data.root={root}",
+        "data.cache=null",
+        "workers=2",
+        "train.batch_size=8",
+        "optimizer.lr=0.001",
+    )
+    folder = folder_of(done, tmp_path)
+    record = json.loads((folder / "record.json").read_text())
+    assert record["bad_images"] == {"train": 2, "val": 1}
+    assert "2 images of train could not be decoded and were left out: " in done.stdout
+    assert all(f"cannot decode the image {path}: left out" in done.stderr for path in bad)
+    assert set((folder / "bad_train.txt").read_text().split()) == {str(path) for path in bad if "train" in str(path)}
+    for path in root.glob("val/*/*"):
+        path.write_bytes(b"")
+    failed = execute(
+        "data.name=mine", f"data.root={root}", "data.cache=null", "workers=0", "train.batch_size=8", "seed=1"
+    )
+    assert error_of(failed).startswith("error: none of the 20 validation images can be decoded")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.root=nowhere", "data.name=mine"], "error: no images in nowhere, which is no folder: set data.root"),
+        (["train.batch_size=801"], "error: 800 images do not fill a batch of 801: lower train.batch_size"),
+        (["train.accumulate=3"], "error: train.batch_size=32 cannot be divided by 1 process(es) times train.acc"),
+        (["data.short=63"], "error: crops of 64 pixels do not fit images of 63: raise data.short"),
+        (["init=pca", "init.images=900"], "error: init.images=900, but there are only 800 images: lower it"),
+        (["train.lr_policy=cosine"], "error: train.lr_policy=cosine: choose step or poly"),
+        (["train.precision=half"], "error: train.precision=half, train.accumulate=1: choose float32 or bfloat16"),
+    ],
+)
+def test_bad_input_is_one_line(execute, tmp_path, overrides, message):
+    failed = execute(*overrides)
+    assert error_of(failed).startswith(message)
+    assert not list(tmp_path.glob("outputs/*/*/record.json"))
+
+
+def test_evaluation_is_over_all_images(data, tmp_path):
+    paths = sorted(map(str, (data / "set" / "val").glob("*/*.jpg")))[:30]
+    labels = torch.arange(30) % 7
+    images = Images(paths, 72, None, tmp_path / "bad.txt")
+    torch.manual_seed(0)
+    model = CaffeNet(7, input_size=64, width=0.125, fc=16).eval()
+    crops = {"size": 64, "mean": (1, 2, 3), "device": torch.device("cpu"), "workers": 0, "rank": 0, "world": 1}
+    found = [evaluate(model, images, Folders([], paths, labels), crops, size) for size in (7, 30)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    loss, top1, top5 = found[0]
+    assert 0 <= top1 < top5 < 1
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 7))
+    nn.init.zeros_(constant[1].weight)
+    constant[1].bias.data = torch.tensor([0.0, 5, 4, 3, 2, 1, -9])
+    loss, top1, top5 = evaluate(constant, images, Folders([], paths, labels), crops, 8)
+    share = [(labels == label).float().mean().item() for label in range(7)]
+    assert top1 == pytest.approx(share[1])
+    assert top5 == pytest.approx(sum(share[1:6]))
+    expected = nn.functional.cross_entropy(constant[1].bias.detach().expand(30, 7), labels)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+# Several processes, and what remains when one is killed.
+
+
+def close(one, other):
+    return all((value - other[name]).norm() <= 1e-3 * other[name].norm() + 1e-7 for name, value in one.items())
+
+
+def test_however_many_processes_the_training_is_the_same(execute, tmp_path):
+    settings = ("train.iterations=15", "train.validate_every=15", "init=kmeans", "init.images=60")
+    whole = folder_of(execute(*settings, "output=one"), tmp_path)
+    start = weights(folder_of(execute(*settings, "train.iterations=0", "output=start"), tmp_path))
+    assert not close(weights(whole), start)
+    variants = {2: "train.accumulate=1", 4: "train.accumulate=2", 1: "train.accumulate=4"}
+    for processes, accumulate in variants.items():
+        done = execute(*settings, f"output=of{processes}", accumulate, processes=processes)
+        folder = folder_of(done, tmp_path)
+        assert folder.name == whole.name
+        assert close(weights(folder), weights(whole))
+        assert json.loads((folder / "record.json").read_text())["processes"] == processes
+        assert done.stdout.count("validation: loss") == 1  # one of them prints
+        for name in ("curve.csv", "validation.csv"):
+            one, other = (pd.read_csv(path / name).drop(columns="seconds", errors="ignore") for path in (folder, whole))
+            pd.testing.assert_frame_equal(one, other, rtol=1e-3)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def rows(folder):
+    curves = list(folder.glob("outputs/imagenet/*/curve.csv"))
+    return len(curves[0].read_text().splitlines()) - 1 if curves else 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(command, execute, tmp_path, processes):
+    # An epoch has 25 steps; dropout draws from a generator of each process.
+    long = ("train.iterations=330", "train.checkpoint_seconds=0", "model.dropout=0.5", "train.validate_every=30")
+    whole = folder_of(execute(*long, "output=whole", processes=processes), tmp_path)
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            command(*long, processes=processes),
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        try:
+            while rows(tmp_path) < 9:
+                assert process.poll() is None
+                time.sleep(0.005)
+            os.kill(process.pid if processes == 1 else children(process.pid)[-1], signal.SIGKILL)
+            assert process.wait(timeout=60) != 0
+        finally:
+            process.kill()
+    if processes > 1:
+        assert "Signal 9 (SIGKILL) received" in (tmp_path / "errors").read_text()
+    assert not list(tmp_path.glob("outputs/imagenet/*/record.json"))
+
+    done = execute(*long, processes=processes)
+    parts = folder_of(done, tmp_path)
+    assert weights(parts).keys() == weights(whole).keys()
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(parts).items())
+    for name in ("curve.csv", "validation.csv"):
+        one, other = (pd.read_csv(path / name).drop(columns="seconds", errors="ignore") for path in (parts, whole))
+        pd.testing.assert_frame_equal(one, other)
