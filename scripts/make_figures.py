@@ -81,22 +81,20 @@ def read_run(path: Path) -> Run:
 def draw(figure: str, preset: str, found: list[Run]) -> bytes:
     """A figure in the paper's layout, as PNG: training loss on the left, validation loss on the right."""
     rows, lines = ROWS[figure], list(LINES[figure].values())
+    shown = [run for run in found if (run.figure, run.preset) == (figure, preset)]
+    shown.sort(key=lambda run: lines.index(run.line))
     picture, axes = plt.subplots(len(rows), 2, figsize=(11, 1 + 2.9 * len(rows)), layout="constrained", squeeze=False)
     for (part, smooth), pair in zip(rows, axes, strict=True):
-        for run in (run for run in found if (run.figure, run.preset) == (figure, preset)):
-            end = part * run.iterations
-            losses = run.curve["loss"]
+        for run in shown:
+            training = run.curve["loss"]
             if smooth:
-                losses = losses.rolling(
-                    max(1, round(run.epoch / run.curve["step"].diff().median())), min_periods=1
-                ).mean()
-            for axis, steps, values in (
-                (pair[0], run.curve["step"], losses),
-                (pair[1], run.validation["step"], run.validation["loss"]),
-            ):
-                shown = steps <= end
-                colour = f"C{lines.index(run.line)}"
-                axis.plot(steps[shown], values[shown], color=colour, label=run.line, linewidth=1)
+                rows_of_epoch = max(1, round(run.epoch / run.curve["step"].diff().median()))
+                training = training.rolling(rows_of_epoch, min_periods=1).mean()
+            curves = ((run.curve["step"], training), (run.validation["step"], run.validation["loss"]))
+            for axis, (steps, losses) in zip(pair, curves, strict=True):
+                early = steps <= part * run.iterations
+                style = {"color": f"C{lines.index(run.line)}", "label": run.line, "linewidth": 1}
+                axis.plot(steps[early], losses[early], **style)
         for axis, title in zip(pair, ("training loss", "validation loss"), strict=True):
             axis.set_xlabel("iteration")
             axis.set_ylabel(title + ", smoothed" * (smooth and axis is pair[0]))

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from tqdm import tqdm
 
-from experiments.data.images import Crops, ImageCache, crop, read_scaled, seeded, squash
+from experiments.data.images import ImageCache, read_scaled, seeded, squash
 from experiments.engine.run import append_line
 
 HELD_OUT = 5  # of images that come without a division into training and validation, every fifth of a class validates
@@ -143,30 +143,31 @@ class Images:
 
     def load(
         self, index: Callable[[int], Tensor], numbers: Iterable[int], workers: int, device: torch.device
-    ) -> Iterator[tuple[Tensor, ImageCache, Tensor]]:
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Batches of images, one for each of `numbers`, in their order; decoded by so many processes.
 
         Args:
             index: number -> the images of a batch, int64 (B,).
 
         Yields:
-            `index(number)`, the images on `device`, and which of them are bad, bool (B,).
+            `index(number)`, and the images as of `pixels`, on `device`.
         """
         on_gpu = device.type == "cuda"
         batches = DataLoader(
             _Batches(self, index),
             batch_size=None,
+            collate_fn=tuple,  # of what is one already
             sampler=numbers,
             num_workers=workers,
             pin_memory=on_gpu,
             generator=torch.Generator(),  # else it draws from the global one, as dropout does
         )
-        for chosen, pixels, heights, widths in batches:
-            bad = torch.minimum(heights, widths) < self.short
-            self._name(chosen[bad].tolist())
-            areas = heights * widths
-            parts = (pixels, areas.cumsum(0) - areas, heights, widths)
-            yield chosen, ImageCache(*(part.to(device, non_blocking=on_gpu) for part in parts)), bad
+        for chosen, pixels, shapes in batches:
+            areas = [height * width for height, width, _ in shapes]
+            parts = pixels.to(device, non_blocking=on_gpu).split(areas)
+            found = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            self._name([i for i, image in zip(chosen.tolist(), found, strict=True) if is_bad(image)])
+            yield chosen, found
 
     def _name(self, bad: list[int]) -> None:
         for index in sorted({*bad} - self.named):
@@ -181,11 +182,10 @@ class _Batches(Dataset):
     def __init__(self, images: Images, index: Callable[[int], Tensor]):
         self.images, self.index = images, index
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[tuple[int, ...]]]:
         index = self.index(number)
         found = [self.images.pixels(i) for i in index.tolist()]
-        heights, widths = torch.tensor([image.shape[:2] for image in found]).unbind(1)
-        return index, torch.cat([image.reshape(-1, 3) for image in found]), heights, widths
+        return index, torch.cat([image.reshape(-1, 3) for image in found]), [tuple(image.shape) for image in found]
 
 
 class FolderBatches:
@@ -249,12 +249,12 @@ class FolderBatches:
         """
         if number != self.next:
             self.stream = self.images.load(self.index, itertools.count(number), self.workers, self.device)
-        index, cache, bad = next(self.stream)
+        index, found = next(self.stream)
         self.next = number + 1
         self._start(number // (self.steps * self.parts))
         y, x, turn = self.draws[:, index]
-        windows = _windows(cache, self.size, y, x, (turn < 0.5) & self.mirror)
-        inputs = crop(cache, torch.arange(len(index)), windows, self.size, self.mean)
+        inputs = cut(found, self.size, y, x, (turn < 0.5) & self.mirror, self.mean)
+        bad = torch.tensor([is_bad(image) for image in found])
         return inputs, self.labels[index].masked_fill(bad, BAD).to(self.device)
 
     def index(self, number: int) -> Tensor:
@@ -278,6 +278,40 @@ def check_size(size: int, images: Images) -> None:
         raise ValueError(f"crops of {size} pixels do not fit images of {images.short}: raise data.short")
 
 
+def is_bad(image: Tensor) -> bool:
+    """Whether an image is one that could not be decoded: a single pixel."""
+    return image.numel() == 3
+
+
+def cut(images: Sequence[Tensor], size: int, y: Tensor, x: Tensor, flip: Tensor, mean: Sequence[float]) -> Tensor:
+    """Squares of `size` pixels as they are, out of B images, as Caffe cuts them.
+
+    Args:
+        images: uint8 (height, width, 3), RGB, on one device.
+        y, x: where each square lies, as a fraction of the way from the top and from the left; float64 (B,), on the CPU.
+        flip: whether it is mirrored left to right; bool (B,).
+        mean: three values, BGR.
+
+    Returns:
+        float32 (B, 3, size, size) on that device: 0..255, BGR, minus `mean`; black for an image that is bad.
+    """
+    device = images[0].device
+    squares = []
+    for image, down, right in zip(images, y.tolist(), x.tolist(), strict=True):
+        if is_bad(image):
+            squares.append(image.expand(size, size, 3))
+        else:
+            top, left = int((image.shape[0] - size + 1) * down), int((image.shape[1] - size + 1) * right)
+            squares.append(image[top : top + size, left : left + size])
+    batch = torch.stack(squares)
+    turned = flip.nonzero()[:, 0].to(device)
+    batch[turned] = batch[turned].flip(2)
+    planes = torch.empty(len(batch), 3, size, size, device=device)
+    for plane, channel, value in zip(planes.unbind(1), (2, 1, 0), mean, strict=True):
+        plane.copy_(batch[..., channel]).sub_(value)
+    return planes
+
+
 def centres(
     images: Images,
     *,
@@ -295,24 +329,14 @@ def centres(
     """
     check_size(size, images)
     mine = torch.arange(rank, len(images), world).split(batch_size)
-    for index, cache, bad in images.load(mine.__getitem__, range(len(mine)), workers, device):
+    for index, found in images.load(mine.__getitem__, range(len(mine)), workers, device):
         middle = torch.full((len(index),), 0.5, dtype=torch.float64)
-        windows = _windows(cache, size, middle, middle, torch.zeros(len(index), dtype=torch.bool))
-        yield index, crop(cache, torch.arange(len(index)), windows, size, mean), bad
+        inputs = cut(found, size, middle, middle, torch.zeros(len(index), dtype=torch.bool), mean)
+        yield index, inputs, torch.tensor([is_bad(image) for image in found])
 
 
 def squashed(images: Images, index: Tensor, size: int, mean: Sequence[float]) -> Tensor:
     """The images `index`, each whole and squashed to a square, on the CPU; without those that cannot be decoded."""
-    chosen = index.split(64)
-    found = []
-    for _, cache, bad in images.load(chosen.__getitem__, range(len(chosen)), 0, torch.device("cpu")):
-        good = (~bad).nonzero()[:, 0]
-        found.append(squash(cache, good, size, mean))
-    return torch.cat(found)
-
-
-def _windows(cache: ImageCache, size: int, y: Tensor, x: Tensor, flip: Tensor) -> Crops:
-    """Squares of whole pixels at a fraction of the way from the top and from the left; (B,)."""
-    top, left = (((side.cpu() - size + 1) * part).floor() for side, part in ((cache.heights, y), (cache.widths, x)))
-    side = torch.full_like(top, size)
-    return Crops(top, left, side, side, flip)
+    ((_, found),) = images.load(lambda _: index, [0], 0, torch.device("cpu"))
+    good = [image for image in found if not is_bad(image)]
+    return squash(ImageCache.of(good), torch.arange(len(good)), size, mean)

@@ -72,6 +72,13 @@ class ImageCache:
         return cls._map(file, len(paths))
 
     @classmethod
+    def of(cls, images: Sequence[Tensor]) -> Self:
+        """The cache of images that are in memory: uint8 (height, width, 3), RGB."""
+        heights, widths = torch.tensor([image.shape[:2] for image in images]).unbind(1)
+        areas = heights * widths
+        return cls(torch.cat([image.reshape(-1, 3) for image in images]), areas.cumsum(0) - areas, heights, widths)
+
+    @classmethod
     def _map(cls, file: Path, count: int) -> Self:
         """Map a file that `_decode_into` wrote for `count` images."""
         header, size = 8 * count, file.stat().st_size

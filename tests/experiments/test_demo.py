@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.data.demo import LOOKS, draw_image, make_demo
+from experiments.data.demo import LOOKS, draw_image, make_demo, make_demo_folders
 from experiments.data.voc import CLASSES, find_devkit, read_objects, read_split
 
 
@@ -187,3 +187,22 @@ def test_impossible_settings(tmp_path, bad):
     with pytest.raises(ValueError, match="the demo set needs"):
         make_demo(tmp_path, **bad)
     assert list(tmp_path.iterdir()) == []
+
+
+# A folder per class.
+
+
+def test_each_class_has_a_folder_of_images_of_its_own(tmp_path):
+    root = make_demo_folders(tmp_path / "set", num_train=3, num_val=2, size=48)
+    for split, count in (("train", 3), ("val", 2)):
+        assert sorted(path.name for path in (root / split).iterdir()) == sorted(CLASSES)
+        assert all(len(list((root / split / name).glob("*.jpg"))) == count for name in CLASSES)
+    contents = files(root)
+    assert len(set(contents.values())) == len(contents)
+    assert make_demo_folders(root, num_train=3, num_val=2, size=48) == root
+    assert files(make_demo_folders(tmp_path / "again", num_train=3, num_val=2, size=48)) == contents
+    with pytest.raises(FileExistsError, match=r"is there but is not the demo set .*\"num_train\": 4"):
+        make_demo_folders(root, num_train=4, num_val=2, size=48)
+    with pytest.raises(ValueError, match="num_val >= 1"):
+        make_demo_folders(tmp_path / "none", num_val=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"set", "again"}

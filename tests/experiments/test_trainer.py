@@ -14,23 +14,15 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 MEAN = (1.0, 2.0, 3.0)
 
 
-def cache_of(*images):
-    """The cache of RGB images given as uint8 tensors (height, width, 3)."""
-    heights, widths = torch.tensor([image.shape[:2] for image in images]).unbind(1)
-    areas = heights * widths
-    pixels = torch.cat([image.reshape(-1, 3) for image in images])
-    return ImageCache(pixels, areas.cumsum(0) - areas, heights, widths)
-
-
 def flat(count):
     """Images of one grey value each, 10 times their number, of different sizes."""
-    return cache_of(*(torch.full((20 + n, 30 - n, 3), 10 * n, dtype=torch.uint8) for n in range(count)))
+    return ImageCache.of([torch.full((20 + n, 30 - n, 3), 10 * n, dtype=torch.uint8) for n in range(count)])
 
 
 def noise(count):
     generator = torch.Generator().manual_seed(0)
-    return cache_of(
-        *(torch.randint(256, (20 + n, 30 - n, 3), generator=generator, dtype=torch.uint8) for n in range(count))
+    return ImageCache.of(
+        [torch.randint(256, (20 + n, 30 - n, 3), generator=generator, dtype=torch.uint8) for n in range(count)]
     )
 
 
