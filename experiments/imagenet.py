@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from experiments.data.download import prepare
 from experiments.data.folders import BAD, FolderBatches, Folders, Images, centres, read_folders, squashed
 from experiments.engine import distributed, run
-from experiments.engine.init import set_weights
+from experiments.engine.init import once, set_weights
 from experiments.engine.trainer import train_as
 
 # The lines of the paper's figures: initialization, and whether there is LRN (Figure 3) or auxiliary losses (Figure 4).
@@ -87,9 +87,7 @@ def run_here(cfg: DictConfig, folder: Path, record: Path, device: torch.device) 
         mirror=cfg.crop.mirror,
         seed=cfg.seed,
     )
-    init_seconds = 0.0
-    if distributed.rank() == 0 and not run.has_checkpoint(folder):
-        init_seconds = initialize(cfg, model, images)
+    start = distributed.from_first(lambda: once(folder, lambda: initialize(cfg, model, images)))
     torch.manual_seed(cfg.seed + distributed.rank())  # of dropout
     validate = partial(evaluate, model, others, validation, crops, cfg.evaluate.batch_size)
     options = {name: cfg.train[name] for name in ("accumulate", "precision", "validate_every")}
@@ -98,7 +96,7 @@ def run_here(cfg: DictConfig, folder: Path, record: Path, device: torch.device) 
     began = time.perf_counter()
     model.eval()
     loss, top1, top5 = validate()
-    times = {"init": init_seconds, "train": train_seconds, "evaluate": time.perf_counter() - began}
+    times = {"init": start["seconds"], "train": train_seconds, "evaluate": time.perf_counter() - began}
     if distributed.rank() == 0:
         bad_images = {part: len({*path.read_text().splitlines()}) if path.exists() else 0 for part, path in bad.items()}
         run.write_record(
@@ -113,6 +111,7 @@ def run_here(cfg: DictConfig, folder: Path, record: Path, device: torch.device) 
             bad_images=bad_images,
             curve="curve.csv",
             validation="validation.csv",
+            init_report=start["report"],
         )
         print(f"\nvalidation: loss {loss:.3f}, top-1 {100 * top1:.1f} %, top-5 {100 * top5:.1f} %")
         print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in times.items()))
@@ -128,13 +127,17 @@ def workers_of(cfg: DictConfig) -> int:
         return cfg.workers
     if cfg.data.cache is not None:
         return 0  # nothing is left to decode
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> float:
-    """Initialize all classifiers of the model, too, in proportion to their losses; return the seconds it took.
+def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
+    """Initialize `model` with its auxiliary classifiers, in proportion to their losses, and print what came of it.
 
-    With `zero_classifiers` those of our own initializations become 0 afterwards (section 4.5).
+    With `zero_classifiers` the classifiers become 0 after an initialization of our own (section 4.5).
+
+    Returns:
+        `report` of the initialization (None if it looks at no images) and its `seconds`.
     """
     chosen = None
     if "images" in cfg.init:
@@ -153,7 +156,7 @@ def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> float:
                 nn.init.zeros_(parameter)
     if report is not None:
         print(report, flush=True)
-    return seconds
+    return {"report": None if report is None else report.to_dict(), "seconds": seconds}
 
 
 class Classifiers(nn.Module):

@@ -6,7 +6,6 @@ Every setting is in configs/voc_cls.yaml and the groups beside it. A run that wa
 command is given again. The last line printed is the path of the result record.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from experiments.data.download import prepare
 from experiments.data.images import ImageCache, describe
 from experiments.data.voc import CLASSES, Split, open_split, read_split
 from experiments.engine import run
-from experiments.engine.init import absent_weights, choose, set_weights
+from experiments.engine.init import absent_weights, choose, once, set_weights
 from experiments.engine.metrics import average_precision
 from experiments.engine.trainer import CropBatches, predict, train_as
 
@@ -48,7 +47,7 @@ def main(cfg: DictConfig) -> None:
         crops = {"mean": tuple(cfg.data.mean), **cfg.crop}
         model = instantiate(cfg.model).to(device)
 
-        start = initialize(cfg, folder, model, training_cache, training)
+        start = once(folder, lambda: initialize(cfg, model, training_cache, training))
         torch.manual_seed(cfg.seed)  # of dropout
         batches = CropBatches(training_cache, training.labels, **crops, batch_size=cfg.train.batch_size, seed=cfg.seed)
         train_seconds = train_as(cfg, model, multilabel_loss, batches, folder)
@@ -90,17 +89,12 @@ def multilabel_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum") / len(logits)
 
 
-def initialize(cfg: DictConfig, folder: Path, model: nn.Module, cache: ImageCache, training: Split) -> dict:
-    """Initialize `model`, measure its change rates on other images; print both and write them to `init.json`.
-
-    A run that goes on has its weights in a checkpoint: nothing is done then but reading that file.
+def initialize(cfg: DictConfig, model: nn.Module, cache: ImageCache, training: Split) -> dict:
+    """Initialize `model`, measure its change rates on other images, and print both.
 
     Returns:
         `report` of the initialization (None if it looks at no images), its `seconds`, and `change_rate`.
     """
-    path = folder / "init.json"
-    if run.has_checkpoint(folder):
-        return json.loads(path.read_text())
     images = choose(cfg, "init", cache, range(len(cache))) if "images" in cfg.init else None
     began = time.perf_counter()
     report = set_weights(model, cfg.init, images, cfg.seed)
@@ -114,13 +108,11 @@ def initialize(cfg: DictConfig, folder: Path, model: nn.Module, cache: ImageCach
     table = pd.DataFrame({"change rate": rates.mean, "coefficient of variation": rates.cv})
     print(f"\nchange rates on {cfg.rates.images} images of {cfg.data.val}, spread {rates.spread:.4g}")
     print(table.to_string(float_format="%.4g"), flush=True)
-    start = {
+    return {
         "report": None if report is None else report.to_dict(),
         "seconds": seconds,
         "change_rate": {"mean": rates.mean, "cv": rates.cv, "spread": rates.spread},
     }
-    run.write_json(path, start)
-    return start
 
 
 def left_out(cfg: DictConfig) -> str:

@@ -8,7 +8,6 @@ command is given again. The last line printed is the path of the result record.
 
 import hashlib
 import io
-import json
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from experiments.data.images import ImageCache, describe
 from experiments.data.regions import RoIBatches, scale_of, scaled, squashed
 from experiments.data.voc import CLASSES, Objects, Split, open_split, read_objects
 from experiments.engine import run
-from experiments.engine.init import LOOKS_AT_IMAGES, absent_weights, set_weights
+from experiments.engine.init import LOOKS_AT_IMAGES, absent_weights, once, set_weights
 from experiments.engine.trainer import train_as
 
 PUBLISHED = "data/selective_search_data"  # where rbgirshick/fast-rcnn unpacks its proposals
@@ -61,7 +60,7 @@ def main(cfg: DictConfig) -> None:
         statistics = rois.target_statistics(len(CLASSES))
         model.target_mean.copy_(statistics[0])
         model.target_std.copy_(statistics[1])
-        start = initialize(cfg, folder, model, cache, rois)
+        start = once(folder, lambda: initialize(cfg, model, cache, rois))
         torch.manual_seed(cfg.seed)  # of dropout
         batches = RoIBatches(cache, rois, **cfg.batch, statistics=statistics, seed=cfg.seed, mean=cfg.mean)
         train_seconds = train_as(cfg, model, detection.fast_rcnn_loss, batches, folder)
@@ -133,17 +132,12 @@ def proposals_of(
     return proposals, about
 
 
-def initialize(cfg: DictConfig, folder: Path, model: FastRCNN, cache: ImageCache, rois: RoIs) -> dict:
-    """Initialize `model` on images with their RoIs; print and write to `init.json` what came of it.
-
-    A run that goes on has its weights in a checkpoint: nothing is done then but reading that file.
+def initialize(cfg: DictConfig, model: FastRCNN, cache: ImageCache, rois: RoIs) -> dict:
+    """Initialize `model` on images with their RoIs, and print what came of it.
 
     Returns:
         `report` of the initialization (None if it looks at no images) and its `seconds`.
     """
-    path = folder / "init.json"
-    if run.has_checkpoint(folder):
-        return json.loads(path.read_text())
     if cfg.new_layers not in NEW_LAYERS:
         raise ValueError(f"new_layers={cfg.new_layers}: choose {' or '.join(NEW_LAYERS)}")
     images = None
@@ -166,9 +160,7 @@ def initialize(cfg: DictConfig, folder: Path, model: FastRCNN, cache: ImageCache
     seconds = time.perf_counter() - began
     if report is not None:
         print(report, flush=True)
-    start = {"report": None if report is None else report.to_dict(), "seconds": seconds}
-    run.write_json(path, start)
-    return start
+    return {"report": None if report is None else report.to_dict(), "seconds": seconds}
 
 
 def detect_all(cfg: DictConfig, model: FastRCNN, cache: ImageCache, proposals: Proposals) -> Detections:

@@ -236,10 +236,9 @@ class FolderBatches:
             )
         check_size(size, images)
         self.images, self.labels = images, labels
-        self.steps, self.part, self.parts = len(images) // batch_size, batch_size // parts, parts
-        self.rank, self.world, self.seed = rank, world, seed
         self.size, self.mirror, self.mean, self.workers, self.device = size, mirror, mean, workers, device
-        self.epoch, self.next, self.stream = -1, -1, iter(())
+        self.draws = _Draws(len(images), batch_size, parts, rank, world, seed)
+        self.next, self.stream = -1, iter(())
 
     def __call__(self, number: int) -> tuple[Tensor, Tensor]:
         """Inputs (B, 3, size, size) and labels (B,), `BAD` for images that could not be decoded; on the device.
@@ -248,28 +247,37 @@ class FolderBatches:
             number: step * parts + part, from 0.
         """
         if number != self.next:
-            self.stream = self.images.load(self.index, itertools.count(number), self.workers, self.device)
+            self.stream = self.images.load(self.draws.index, itertools.count(number), self.workers, self.device)
         index, found = next(self.stream)
         self.next = number + 1
-        self._start(number // (self.steps * self.parts))
-        y, x, turn = self.draws[:, index]
+        y, x, turn = self.draws.crops(number)
         inputs = cut(found, self.size, y, x, (turn < 0.5) & self.mirror, self.mean)
         bad = torch.tensor([is_bad(image) for image in found])
         return inputs, self.labels[index].masked_fill(bad, BAD).to(self.device)
 
+
+class _Draws:
+    """What `FolderBatches` draws, with its arguments; the processes that decode draw the same."""
+
+    def __init__(self, count: int, batch_size: int, parts: int, rank: int, world: int, seed: int):
+        self.count, self.part, self.rank, self.world, self.seed = count, batch_size // parts, rank, world, seed
+        self.batches = count // batch_size * parts  # of an epoch
+        self.epoch = -1
+
     def index(self, number: int) -> Tensor:
-        """The images of this process in a batch."""
-        epoch, position = divmod(number, self.steps * self.parts)
-        self._start(epoch)
+        """The images of this process in batch `number`: int64 (B,)."""
+        epoch, position = divmod(number, self.batches)
+        if epoch != self.epoch:
+            generator = seeded(self.seed, epoch)
+            self.order = torch.randperm(self.count, generator=generator)
+            self.numbers = torch.rand(3, self.count, dtype=torch.float64, generator=generator)
+            self.epoch = epoch
         return self.order[position * self.part : (position + 1) * self.part][self.rank :: self.world]
 
-    def _start(self, epoch: int) -> None:
-        if epoch == self.epoch:
-            return
-        generator = seeded(self.seed, epoch)
-        self.order = torch.randperm(len(self.images), generator=generator)
-        self.draws = torch.rand(3, len(self.images), dtype=torch.float64, generator=generator)
-        self.epoch = epoch
+    def crops(self, number: int) -> Tensor:
+        """Of each of these images how far down, how far right, and the side: three numbers in [0, 1), (3, B)."""
+        index = self.index(number)
+        return self.numbers[:, index]
 
 
 def check_size(size: int, images: Images) -> None:

@@ -1,6 +1,7 @@
 """How a configuration of `configs/init` initializes a network, and on which images."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import initializers
 from experiments.data.images import ImageCache, squash
+from experiments.engine import run
 from experiments.networks import load_weights
 
 LOOKS_AT_IMAGES = ("initialize", "lsuv", "pretrained")  # the methods that need images
@@ -36,6 +38,16 @@ def pretrained(
         raise ValueError("init=pretrained takes its weights from a file: pass init.weights=FILE")
     print(load_weights(model, weights, seed=seed))
     return initializers.rescale(model, images, seed=seed) if rescale else None
+
+
+def once(folder: Path, initialize: Callable[[], dict]) -> dict:
+    """What `initialize` returns, kept in `init.json`, where a run that goes on reads it; it has its weights already."""
+    path = folder / "init.json"
+    if run.has_checkpoint(folder):
+        return json.loads(path.read_text())
+    start = initialize()
+    run.write_json(path, start)
+    return start
 
 
 def absent_weights(init: Mapping) -> str:
