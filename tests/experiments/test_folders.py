@@ -145,11 +145,14 @@ def test_an_epoch_shows_every_image_once(images):
     assert batches(0)[0].shape == (12, 3, 32, 32)
 
 
-def test_crops_are_pixels_of_the_image_as_they_are(images):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_crops_are_pixels_of_the_image_as_they_are(images, device):
     some = images()
     seen = {False: 0, True: 0}
     for number in range(3):
-        for crop, label in zip(*batches_of(some)(number), strict=True):
+        inputs, labels = batches_of(some, device=torch.device(device))(number)
+        assert inputs.device.type == labels.device.type == device
+        for crop, label in zip(inputs.cpu(), labels, strict=True):
             pixels = some.pixels(label.item()).flip(2).permute(2, 0, 1).float() - torch.tensor(MEAN)[:, None, None]
             windows = pixels.unfold(1, 32, 1).unfold(2, 32, 1)
             plain, turned = (

@@ -123,7 +123,7 @@ def command(data, tmp_path):
         )
         return [
             *(sys.executable, *start, SCRIPT, "preset=demo", f"data.root={data / 'set'}"),
-            *(f"data.cache={data / 'cache'}", "output=outputs", "init=xavier", "train.iterations=20"),
+            *(f"data.cache={data / 'cache'}", "output=outputs", "init=xavier", "train.iterations=20", "device=cpu"),
             *("train.log_every=5", "train.validate_every=10", *overrides),
         ]
 
@@ -161,8 +161,10 @@ def weights(folder):
     return run.load_checkpoint(folder)["model"]
 
 
-def test_a_run_from_the_images_to_the_record(execute, tmp_path):
-    done = execute("init=kmeans", "train.iterations=60", "workers=2", "data.cache=null")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_run_from_the_images_to_the_record(execute, tmp_path, device):
+    settings = ("init=kmeans", "train.iterations=60", "workers=2", "data.cache=null", f"device={device}")
+    done = execute(*settings)
     folder = folder_of(done, tmp_path)
     record = json.loads((folder / "record.json").read_text())
     assert record["data"] == "demo-folders, 20 classes, 800 + 200 images"
@@ -179,7 +181,8 @@ def test_a_run_from_the_images_to_the_record(execute, tmp_path):
     assert record["metrics"]["loss"] < 2.5 < curve["loss"][0]  # it learns: chance is log(20) = 3.0
     assert 0.2 < record["metrics"]["top1"] < record["metrics"]["top5"] <= 1
     assert f"top-1 {100 * last['top1']:.1f} %" in done.stdout
-    assert "this run is done" in execute("init=kmeans", "train.iterations=60", "workers=2", "data.cache=null").stdout
+    assert record["init_report"]["spread_after"] < 1.3 < record["init_report"]["spread_before"]
+    assert "this run is done" in execute(*settings).stdout
 
 
 def test_classifiers_start_at_zero_after_an_initialization_of_ours_only(execute, tmp_path):
