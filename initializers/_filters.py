@@ -255,7 +255,10 @@ def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors (as columns), the largest first."""
     try:
         values, vectors = torch.linalg.eigh(covariance)
-    except torch.linalg.LinAlgError:  # ill-conditioned: single precision may not converge
+        converged = bool(values.isfinite().all())  # LAPACK does not always tell
+    except torch.linalg.LinAlgError:
+        converged = False
+    if not converged:  # ill-conditioned, or many equal eigenvalues: too much for single precision
         values, vectors = (part.to(covariance.dtype) for part in torch.linalg.eigh(covariance.double()))
     return values.flip(-1), vectors.flip(-1)
 

@@ -5,7 +5,15 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 from initializers import InitializationError, initialize
-from initializers._filters import DATA_DRIVEN, KINDS, _as_blocks, draw_filters, draw_patches, spherical_kmeans
+from initializers._filters import (
+    DATA_DRIVEN,
+    KINDS,
+    _as_blocks,
+    draw_filters,
+    draw_patches,
+    spherical_kmeans,
+    whitening_matrix,
+)
 from initializers._layers import Call, Layer, Layers, forward
 
 LAYERS = {
@@ -430,3 +438,26 @@ def test_patches_that_are_the_mean_make_no_filters(kind):
     assert note == ""
     std = (x @ blocks[0, :, :, 0].T).std(0)
     assert (std > 0.1 * std.max()).all()
+
+
+@pytest.mark.parametrize("failure", ["raises", "returns NaN"])
+def test_an_eigendecomposition_that_fails_is_done_in_double_precision(failure, monkeypatch):
+    """LAPACK's in single precision may give up where many eigenvalues are equal, and does not always tell."""
+    points = torch.randn(1, 40, 6, generator=torch.Generator().manual_seed(0))
+    points -= points.mean(1, keepdim=True)
+    expected = whitening_matrix(points.double(), 6).float()
+    right = torch.linalg.eigh
+
+    def eigh(matrix):
+        if matrix.dtype == torch.float64:
+            return right(matrix)
+        if failure == "raises":
+            raise torch.linalg.LinAlgError("did not converge")
+        values, vectors = right(matrix)
+        values[:, 0] = vectors[..., 0] = float("nan")
+        return values, vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    found = whitening_matrix(points, 6)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-4, atol=1e-5)
