@@ -42,10 +42,11 @@ def draw_filters(
       input space.
     - ``patches``: random whitened patches of unit length, taken back to the input space.
 
-    Whitening keeps the leading `outputs` principal components of a group, as many as there are filters. Where the
-    outputs exceed the dimension of the patches (64 filters on 3x3x3) all directions are kept: k-means and patches
-    need no more; ``pca`` follows its components with random directions of the whitened space, since there is no
-    further component; ``zca`` uses the pseudo-inverse.
+    Whitening keeps the leading `outputs` principal components of a group, as many as there are filters, but at most
+    half as many as there are patches: nearly all of few patches would be whitened by variances that are far too small,
+    so that deep networks amplify rounding without bound. Where the outputs exceed that, or the dimension of the
+    patches (64 filters on 3x3x3), k-means and patches need no more; ``pca`` follows its components with random
+    directions of the whitened space; ``zca`` uses the pseudo-inverse.
 
     Args:
         centre: leave the direction of the mean patch out of patches and filters, so that the outputs have mean 0: for
@@ -126,13 +127,15 @@ def _from_patches(
     patches -= patches.mean(1, keepdim=True)
     if direction is not None:
         patches -= (patches @ direction) @ direction.mT
+    components = min(outputs, patches.shape[1] // 2)  # of more, the patches do not tell the variance
     if kind == "zca":
         projection = _randn((len(patches), outputs, patches.shape[2]), generator)
         responses = patches @ projection.mT
         values, vectors = _eigh(responses.mT @ responses / responses.shape[1])
-        return (vectors * _inverse_sqrt(values).unsqueeze(1)) @ vectors.mT @ projection
+        vectors = vectors[:, :, :components]
+        return (vectors * _inverse_sqrt(values)[:, None, :components]) @ vectors.mT @ projection
 
-    whitening = whitening_matrix(patches, outputs)
+    whitening = whitening_matrix(patches, components)
     if kind == "pca":
         codes = _components(whitening, outputs, generator)
     else:

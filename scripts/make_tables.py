@@ -97,7 +97,7 @@ does to its output (float32 against float64).
 # Family -> the beginnings of its networks' names, and what is particular about it.
 FAMILY_NAMES = {
     "AlexNet": (("alexnet",), ""),
-    "VGG": (("vgg",), "k-means on 32 images has a centre for every sample in the last block: max-pooling meets ties"),
+    "VGG": (("vgg",), ""),
     "ResNet, ResNeXt, Wide ResNet": (("resnet", "resnext", "wide_resnet"), ""),
     "DenseNet": (("densenet",), "rates are equalised through concatenations, by blocks of channels"),
     "GoogLeNet": (("googlenet",), "auxiliary outputs run in training mode only: not initialized"),

@@ -461,3 +461,15 @@ def test_an_eigendecomposition_that_fails_is_done_in_double_precision(failure, m
     found = whitening_matrix(points, 6)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["pca", "zca", "kmeans", "patches"])
+def test_few_patches_whiten_others_like_them_too(kind):
+    """Hardly more samples than outputs: the least of their variances are far below those of the distribution."""
+    layer = nn.Linear(48, 32)
+    x, others = torch.randn(2, 400, 48, generator=generator())
+    blocks, note = draw_filters(kind, *seen(layer, x[:33]), generator())
+    assert not note
+    filters = blocks.flatten(2)[0]
+    known, unknown = ((y @ filters.T).std(0) for y in (x[:33], others))
+    assert (unknown / known).max() < 1.5
