@@ -96,6 +96,7 @@ def draw(figure: str, preset: str, found: list[Run]) -> bytes:
                 style = {"color": f"C{lines.index(run.line)}", "label": run.line, "linewidth": 1}
                 axis.plot(steps[early], losses[early], **style)
         for axis, title in zip(pair, ("training loss", "validation loss"), strict=True):
+            axis.set_xlim(0, part * max(run.iterations for run in shown))
             axis.set_xlabel("iteration")
             axis.set_ylabel(title + ", smoothed" * (smooth and axis is pair[0]))
             axis.grid(alpha=0.3)
