@@ -205,9 +205,18 @@ def test_the_device_is_set_up(monkeypatch, tf32):
     assert run.set_up("auto", 1, tf32) == run.set_up("cpu", None, tf32) == torch.device("cpu")
     assert torch.get_num_threads() == 1
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
+    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert run.set_up("auto", 1, tf32) == run.set_up("cuda", 1, tf32) == torch.device("cuda", 0)
     assert run.set_up("cpu", 1, tf32) == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of several processes each has a GPU
+    assert run.set_up("auto", 1, tf32) == torch.device("cuda", 1)
+    assert chosen == [0, 0, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"3 processes or more, but 2 GPU\(s\): start one for each"):
+        run.set_up("auto", 1, tf32)
 
 
 def test_a_device_that_is_not_there(monkeypatch):
