@@ -20,6 +20,7 @@ from torch import nn
 from experiments import voc_cls
 from experiments.data.images import ImageCache
 from experiments.data.voc import CLASSES, read_split
+from experiments.engine.init import once
 from experiments.networks import CaffeNet
 
 CONFIGS = Path(voc_cls.__file__).parents[1] / "configs"
@@ -388,7 +389,7 @@ def test_the_loss_is_caffes():
 
 
 @pytest.fixture
-def start(demo, tmp_path):
+def start(demo):
     """Initialize a small network with the given settings: the model, what `initialize` returns, and the images."""
     training = read_split(demo / "set", "trainval")
     cache = ImageCache.open(training.image_paths, demo / "cache")
@@ -399,7 +400,7 @@ def start(demo, tmp_path):
         model.caffe_fillers = {"0": (0.01, 0.0), "3": (0.005, 1.0)}
         for parameter in model.parameters():
             nn.init.constant_(parameter, 7.0)
-        found = voc_cls.initialize(cfg, tmp_path, model, cache, training)
+        found = voc_cls.initialize(cfg, model, cache, training)
         images = voc_cls.choose(cfg, "init", cache, range(600)) if "images" in cfg.init else None
         return model, found, images
 
@@ -407,7 +408,7 @@ def start(demo, tmp_path):
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_every_initialization(start, tmp_path, init):
+def test_every_initialization(start, init):
     model, found, images = start(f"init={init}")
     again, _, _ = start(f"init={init}")
     other, _, _ = start(f"init={init}", "seed=1")
@@ -448,11 +449,12 @@ def test_both_steps_make_the_change_rates_equal_on_other_images(start):
 
 
 def test_a_run_that_goes_on_is_not_initialized_again(start, tmp_path):
-    _, found, _ = start("init=torch")
+    found = once(tmp_path, lambda: start("init=torch")[1])
+    assert once(tmp_path, lambda: start("init=xavier")[1]) != found  # nothing was saved of it
+    found = once(tmp_path, lambda: start("init=torch")[1])
     (tmp_path / "checkpoint.pt").touch()
-    model, again, _ = start("init=torch")
+    again = once(tmp_path, pytest.fail)
     assert again == found == json.loads((tmp_path / "init.json").read_text())
-    assert all((parameter == 7).all() for parameter in model.parameters())
 
 
 def test_images_are_chosen_at_random_from_those_allowed(demo):
