@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import initializers
+from experiments.imagenet import line_of
 from initializers.__main__ import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,3 +126,17 @@ def test_the_shares_of_figure_2_and_the_positions_are_those_of_the_records():
     (record,) = (ROOT / "results/runs/pretrain").glob("*/record.json")
     accuracy = json.loads(record.read_text())["metrics"]["accuracy"]
     assert f"tells {100 * accuracy:.1f} % of the positions" in README
+
+
+def test_the_losses_on_imagenet_are_those_of_the_records():
+    text = README.partition("### ImageNet (Figures 3 and 4)")[2].partition("\n## ")[0]
+    found = {tuple(row) for row in re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)}
+    expected = set()
+    for path in (ROOT / "results" / "runs" / "imagenet").glob("*/record.json"):
+        record = json.loads(path.read_text())
+        figure = "figure4" if "GoogLeNet" in record["config"]["model"]["_target_"] else "figure3"
+        name = "GoogLeNet, " * (figure == "figure4") + line_of(record["config"], figure)
+        metrics = record["metrics"]
+        shares = (f"{100 * metrics[name]:.1f}" for name in ("top1", "top5"))
+        expected.add((name, f"{metrics['loss']:.2f}", *shares))
+    assert found == expected
