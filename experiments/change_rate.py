@@ -6,7 +6,6 @@ Writes figure1.png, its values as figure1.csv and what they were measured with a
 configs/change_rate.yaml.
 """
 
-import io
 from pathlib import Path
 
 import hydra
@@ -20,6 +19,7 @@ import initializers
 from experiments.data.download import prepare
 from experiments.data.voc import open_split
 from experiments.engine import run
+from experiments.engine.figures import encoded
 from experiments.engine.init import choose, set_weights
 
 
@@ -67,10 +67,7 @@ def draw(rates: dict[str, initializers.Rates]) -> bytes:
     for axis in axes:
         axis.get_legend().remove()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
+    return encoded(figure, "png", dpi=110)
 
 
 if __name__ == "__main__":

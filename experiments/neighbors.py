@@ -28,6 +28,7 @@ from experiments.data.download import prepare
 from experiments.data.images import ImageCache, squash
 from experiments.data.voc import Split, open_split
 from experiments.engine import run
+from experiments.engine.figures import encoded
 from experiments.engine.init import choose, set_weights
 
 THUMBNAIL = 120  # pixels
@@ -134,10 +135,7 @@ def draw(test: Split, queries: list[int], pool: Split, found: dict[str, tuple[Te
     axes[0, 0].set_title("query", fontsize=7)
     for group, line in enumerate(found):
         axes[0, 2 + group * (count + 1)].set_title(line, fontsize=7, loc="left")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="jpg", dpi=100, pil_kwargs={"quality": 85})
-    plt.close(figure)
-    return buffer.getvalue()
+    return encoded(figure, "jpg", dpi=100)
 
 
 def show(axis, path: Path) -> None:

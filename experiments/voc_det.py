@@ -7,7 +7,6 @@ command is given again. The last line printed is the path of the result record.
 """
 
 import hashlib
-import io
 import time
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from experiments.data.images import ImageCache, describe
 from experiments.data.regions import RoIBatches, scale_of, scaled, squashed
 from experiments.data.voc import CLASSES, Objects, Split, open_split, read_objects
 from experiments.engine import run
+from experiments.engine.figures import encoded
 from experiments.engine.init import LOOKS_AT_IMAGES, absent_weights, once, set_weights
 from experiments.engine.trainer import train_as
 
@@ -193,10 +193,7 @@ def draw(split: Split, found: Detections, count: int) -> bytes:
             label = f"{CLASSES[found.classes[row]]} {found.scores[row]:.2f}"
             axis.text(x1, y1, label, color="white", fontsize=7, backgroundcolor=(1, 0, 0, 0.6))
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="jpg", dpi=80, pil_kwargs={"quality": 85})
-    plt.close(figure)
-    return buffer.getvalue()
+    return encoded(figure, "jpg", dpi=80)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main() -> None:
             "imagenet", overrides=[f"data.root={find_devkit(os.environ.get('VOC_ROOT', 'data/VOCdevkit'))}"]
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    workers = max(1, len(os.sched_getaffinity(0)))
+    workers = workers_of(paper)
     rates: dict[str, dict[str, float]] = {}
     for cfg in (mini, paper):
         folder = Path(cfg.data.root)

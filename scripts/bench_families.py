@@ -33,10 +33,10 @@ BIAS = 0.1  # mean of the outputs that `initialize` aims at
 IMAGES = 32
 FEW = 16  # images for networks of more than LARGE parameters, and for those that need large images
 LARGE = 150_000_000
-SIZES = {"inception": 96, "vit": 224, "maxvit": 224}  # pixels; the smallest that the network takes, or about that
-SIZE = 64
 LARGE_VITS = ("vit_l_16", "vit_h_14")  # take an hour each at 224 px; their constructors take a size
-LARGE_VIT_SIZE = 112
+# Pixels; the smallest that the network takes, or about that.
+SIZES = dict.fromkeys(LARGE_VITS, 112) | {"inception": 96, "vit": 224, "maxvit": 224}
+SIZE = 64
 FILTERS = ("gaussian", "kmeans")
 # A spread above this is one that parts which are not homogeneous keep up; nonhomogeneous="scale" is tried then.
 PINNED_SPREAD = 1.5
@@ -48,14 +48,12 @@ def build(name: str) -> nn.Module:
     # Drawing truncated normals takes these two a minute, for weights that are replaced.
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name in LARGE_VITS:
-        options["image_size"] = LARGE_VIT_SIZE
+        options["image_size"] = image_size(name)
     return torchvision.models.get_model(name, weights=None, **options).eval()
 
 
 def image_size(name: str) -> int:
     """Pixels of the side of the images for a network."""
-    if name in LARGE_VITS:
-        return LARGE_VIT_SIZE
     return next((size for start, size in SIZES.items() if name.startswith(start)), SIZE)
 
 

@@ -6,7 +6,6 @@ Writes results/figures/figure3-<preset>.png and figure4-<preset>.png for the pre
 1 and 2 are drawn by experiments/change_rate.py and experiments/neighbors.py.
 """
 
-import io
 import json
 import sys
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from experiments.engine.figures import encoded
 from experiments.engine.run import write_bytes
 from experiments.imagenet import LINES, line_of
 
@@ -100,13 +100,10 @@ def draw(figure: str, preset: str, found: list[Run]) -> bytes:
             axis.set_xlabel("iteration")
             axis.set_ylabel(title + ", smoothed" * (smooth and axis is pair[0]))
             axis.grid(alpha=0.3)
-    handles = dict(zip(*reversed(axes[-1, -1].get_legend_handles_labels()), strict=True))  # one of each line
-    order = [line for line in lines if line in handles]
-    picture.legend([handles[line] for line in order], order, loc="outside lower center", ncols=len(order))
-    buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", dpi=110)
-    plt.close(picture)
-    return buffer.getvalue()
+    handles, names = axes[-1, -1].get_legend_handles_labels()
+    once = dict(zip(names, handles, strict=True))  # of the seeds of a line
+    picture.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once))
+    return encoded(picture, "png", dpi=110)
 
 
 if __name__ == "__main__":

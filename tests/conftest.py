@@ -38,17 +38,21 @@ def command(demo, tmp_path):
 
 
 @pytest.fixture
-def run(command, tmp_path):
-    """Run an experiment to its end: `run("voc_cls.py", "init=pca")` -> subprocess.CompletedProcess, with text."""
+def finish(tmp_path):
+    """Run a command line to its end, in `tmp_path` and without a network: -> subprocess.CompletedProcess, with text."""
 
-    def execute(script, *overrides, **options):
+    def execute(line, **options):
         environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-        environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # no network
-        return subprocess.run(
-            command(script, *overrides), cwd=tmp_path, env=environment, capture_output=True, text=True, **options
-        )
+        environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+        return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, **options)
 
     return execute
+
+
+@pytest.fixture
+def run(command, finish):
+    """Run an experiment to its end: `run("voc_cls.py", "init=pca")` -> subprocess.CompletedProcess, with text."""
+    return lambda script, *overrides, **options: finish(command(script, *overrides), **options)
 
 
 @pytest.fixture

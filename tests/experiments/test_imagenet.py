@@ -131,18 +131,9 @@ def command(data, tmp_path):
 
 
 @pytest.fixture
-def execute(command, tmp_path):
-    def start(*overrides, **options):
-        environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-        return subprocess.run(
-            command(*overrides, **options),
-            cwd=tmp_path,
-            env=environment | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-
-    return start
+def execute(command, finish):
+    """Run that to its end."""
+    return lambda *overrides, **options: finish(command(*overrides, **options))
 
 
 def folder_of(done, tmp_path):

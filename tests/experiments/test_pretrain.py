@@ -1,8 +1,6 @@
 """Pre-training by the position of patches, its pairs and its weights."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -90,13 +88,12 @@ def test_positions_can_be_learned():
     assert evaluate(model, cache, options, settings, seed=5) > 0.7
 
 
-def test_a_run_leaves_weights_that_start_another(run, demo, tmp_path):
+def test_a_run_leaves_weights_that_start_another(run, finish, demo, tmp_path):
     overrides = ["preset=demo", "data=demo", f"data.root={demo / 'set'}", f"data.cache={demo / 'cache'}"]
     overrides += ["output=outputs", "init.images=60", "train.iterations=300", "train.log_every=20"]
     overrides += ["evaluate.pairs=400", "train.batch_size=20"]
     command = [sys.executable, ROOT / "experiments" / "pretrain.py", *overrides]
-    environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = finish(command)
     assert done.returncode == 0, done.stderr
     path = tmp_path / done.stdout.splitlines()[-1]
     record = json.loads((path.parent / "record.json").read_text())
@@ -106,7 +103,7 @@ def test_a_run_leaves_weights_that_start_another(run, demo, tmp_path):
     layers = [*(f"conv{number}" for number in range(1, 6)), "fc6", "fc7"]
     assert {*tensors} == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
 
-    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    again = finish(command)
     assert "this run is done" in again.stdout
     started = run("voc_cls.py", "init=pretrained", f"init.weights={path}", "train.iterations=5", "init.images=60")
     assert started.returncode == 0, started.stderr
