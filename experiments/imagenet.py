@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from experiments.data.download import prepare
 from experiments.data.folders import BAD, FolderBatches, Folders, Images, centres, read_folders, squashed
+from experiments.data.images import at_random
 from experiments.engine import distributed, run
 from experiments.engine.init import once, set_weights
 from experiments.engine.trainer import train_as
@@ -61,7 +62,13 @@ def main(cfg: DictConfig) -> None:
 
 
 def line_of(cfg: Mapping, figure: str) -> str | None:
-    """The line of a figure of the paper that a configuration draws; None if it has no such line."""
+    """The line of a figure of the paper that a configuration draws; None if it has no such line.
+
+    Raises:
+        ValueError: an unknown figure.
+    """
+    if figure not in LINES:
+        raise ValueError(f"published={figure}: choose figure3, figure4 or null")
     choice = {"figure3": "lrn", "figure4": "auxiliary"}[figure]
     return LINES[figure].get((run.init_key(cfg["init"]), cfg["model"].get(choice)))
 
@@ -141,10 +148,9 @@ def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
     """
     chosen = None
     if "images" in cfg.init:
-        if cfg.init.images > len(images):
-            raise ValueError(f"init.images={cfg.init.images}, but there are only {len(images)} images: lower it")
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(cfg.seed))
-        chosen = squashed(images, order[: cfg.init.images], cfg.crop.size, tuple(cfg.data.mean))
+        generator = torch.Generator().manual_seed(cfg.seed)
+        index = at_random(cfg.init.images, torch.arange(len(images)), generator, "init.images")
+        chosen = squashed(images, index, cfg.crop.size, tuple(cfg.data.mean))
         chosen = chosen.to(next(model.parameters()).device)
     began = time.perf_counter()
     every = Classifiers(model) if chosen is not None and len(model.heads) > 1 else model

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from detection.boxes import mirror
 from detection.sampling import RoIs, sample_rois
-from experiments.data.images import ImageCache, seeded, squash
+from experiments.data.images import ImageCache, at_random, seeded, squash
 
 
 def scale_of(height: int, width: int, short: int, longest: int) -> float:
@@ -125,9 +125,7 @@ def squashed(
         ValueError: fewer images have RoIs.
     """
     usable, generator = rois.usable(), seeded(seed)
-    if images > len(usable):
-        raise ValueError(f"init.images={images}, but there are only {len(usable)} to choose from: lower it")
-    index = usable[torch.randperm(len(usable), generator=generator)[:images]]
+    index = at_random(images, usable, generator, "init.images")
     rows = torch.stack([sample_rois(rois, image, each, foreground, generator)[0] for image in index.tolist()])
     sides = torch.stack([cache.widths.cpu()[index], cache.heights.cpu()[index]], 1).repeat(1, 2).unsqueeze(1)
     return squash(cache, index, size, mean), (rois.boxes[rows] * size / sides).to(cache.pixels.device)

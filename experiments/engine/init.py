@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import initializers
-from experiments.data.images import ImageCache, squash
+from experiments.data.images import ImageCache, at_random, squash
 from experiments.engine import run
 from experiments.networks import load_weights
 
@@ -59,9 +59,6 @@ def absent_weights(init: Mapping) -> str:
 
 def choose(cfg: DictConfig, part: str, cache: ImageCache, among: Sequence[int]) -> Tensor:
     """`cfg[part].images` of the images `among`, at random, each squashed to a square of the crop's size."""
-    count = cfg[part].images
-    if count > len(among):
-        raise ValueError(f"{part}.images={count}, but there are only {len(among)} to choose from: lower it")
     generator = torch.Generator().manual_seed(cfg.seed)
-    index = torch.tensor(among)[torch.randperm(len(among), generator=generator)[:count]]
+    index = at_random(cfg[part].images, torch.tensor(among), generator, f"{part}.images")
     return squash(cache, index, cfg.crop.size, cfg.data.mean)

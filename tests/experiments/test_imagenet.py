@@ -225,7 +225,11 @@ def test_bad_images_are_counted_and_not_fatal(execute, data, tmp_path):
         (["train.batch_size=801"], "error: 800 images do not fill a batch of 801: lower train.batch_size"),
         (["train.accumulate=3"], "error: train.batch_size=32 cannot be divided by 1 process(es) times train.acc"),
         (["data.short=63"], "error: crops of 64 pixels do not fit images of 63: raise data.short"),
-        (["init=pca", "init.images=900"], "error: init.images=900, but there are only 800 images: lower it"),
+        (
+            ["init=pca", "init.images=900"],
+            "error: init.images=900, but there are only 800 images to choose from: lower it",
+        ),
+        (["published=figure5"], "error: published=figure5: choose figure3, figure4 or null"),
         (["train.lr_policy=cosine"], "error: train.lr_policy=cosine: choose step or poly"),
         (["train.precision=half"], "error: train.precision=half, train.accumulate=1: choose float32 or bfloat16"),
     ],

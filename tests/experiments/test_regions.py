@@ -117,5 +117,5 @@ def test_what_is_initialized_on(cache, rois):
     for found in boxes:  # all proposals are squares of 30 pixels
         across, down = ((found[:, 2:] - found[:, :2]) / 29).unbind(1)
         assert any((across - a).abs().max() < 1e-3 and (down - d).abs().max() < 1e-3 for a, d in sizes)
-    with pytest.raises(ValueError, match=r"init.images=5, but there are only 4 to choose from"):
+    with pytest.raises(ValueError, match=r"init.images=5, but there are only 4 images to choose from"):
         squashed(cache, rois, images=5, **options)
