@@ -304,7 +304,7 @@ def blocks(
 
 def files(name: str, text: str, texts: list[str], rows: pd.DataFrame) -> dict[str, str]:
     """The Markdown and the CSV of a table."""
-    csv = rows.to_csv(index=False, float_format="%.2f", lineterminator="\n")
+    csv = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return {f"{name}.md": "\n".join([text, *texts]), f"{name}.csv": csv}
 
 
