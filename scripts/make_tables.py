@@ -140,10 +140,10 @@ def make_tables(runs: Path, paper: Path, families: Path | None = None) -> dict[s
     records = read_records(runs, "voc_cls")
     caffenet, plain, others = records, records, records
     if not records.empty:
-        sgd = records["config.optimizer.name"] == "sgd"
         caffenet = records[records["config.model._target_"] == CAFFENET]
-        plain = caffenet[sgd & (caffenet["config.model.batch_norm"] == "False")]
-        others = records[records["config.model._target_"].isin(NETWORKS.values()) & sgd]
+        sgd = records[records["config.optimizer.name"] == "sgd"]
+        plain = sgd[(sgd["config.model._target_"] == CAFFENET) & (sgd["config.model.batch_norm"] == "False")]
+        others = sgd[sgd["config.model._target_"].isin(NETWORKS.values())]
     scratch, trained = by_start(plain)
     tables = table1(caffenet, paper) | table2(scratch, paper) | table3(trained, paper) | section44(others, paper)
     tables |= detection(read_records(runs, "voc_det", DETECTION_METRICS), paper)
@@ -304,6 +304,7 @@ def blocks(
 
 def files(name: str, text: str, texts: list[str], rows: pd.DataFrame) -> dict[str, str]:
     """The Markdown and the CSV of a table."""
+    rows = rows.infer_objects()  # a block without records has no numbers, only objects, whose format is not ours
     csv = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return {f"{name}.md": "\n".join([text, *texts]), f"{name}.csv": csv}
 

@@ -180,6 +180,24 @@ def test_rows_are_means_over_seeds_beside_the_published_number(runs, tmp_path):
     assert all(f": {value}\n" in text for value in origin)
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_other_networks_have_a_block_each(runs, tmp_path):
+    folder, add = runs
+    vgg = {"_target_": make_tables.NETWORKS["VGG-16"], "width": 0.25}
+    add("vgg", config__model=vgg, metrics__map_step=0.20449)
+    add("adam", config__model=vgg, config__optimizer={"name": "adam", "lr": 1e-4})
+    add("caffenet", metrics__map_step=0.3)
+    tables = make(folder)
+    (tmp_path / "section.csv").write_text(tables["section4.4.csv"])
+    rows = pd.read_csv(tmp_path / "section.csv").set_index(["network", "init"])
+    assert [*rows.index] == [(network, init) for network in ("GoogLeNet", "VGG-16") for init in ("kmeans", "gaussian")]
+    assert rows.loc[("VGG-16", "kmeans"), ["published", "map_step", "n"]].tolist() == [53.8, 20.449, 1]
+    assert rows["map_step"].count() == 1
+    assert "## VGG-16, preset mini" in tables["section4.4.md"]
+    assert "| VGG-16, kmeans | `kmeans` | 53.8 | 20.4 | 27.0 | 1 | 0 |" in tables["section4.4.md"]
+    assert "| Ours (k-means) | `kmeans` | 56.6 | 30.0 | 27.0 | 1 | 0 |" in tables["table2.md"]
+
+
 def test_detection_has_tables_of_its_own(runs):
     folder, add = runs
     metrics = {"map_voc11": 0.31, "map_area": 0.3, "coco_ap": 0.12, "coco_ap50": 0.3}
