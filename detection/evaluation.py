@@ -156,11 +156,13 @@ def _sized(boxes: Tensor) -> Tensor:
     return torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
 
 
-def write_detections(folder: Path, ids: Sequence[str], names: Sequence[str], detections: Detections) -> list[Path]:
+def write_detections(
+    folder: Path, split: str, ids: Sequence[str], names: Sequence[str], detections: Detections
+) -> list[Path]:
     """The devkit's text files, one of each class: image, score, x1 y1 x2 y2 from 1.
 
     Args:
-        ids: of the images. names: of the classes.
+        split: of the images, such as "test". ids: of the images. names: of the classes.
     """
     paths = []
     for number, name in enumerate(names):
@@ -172,6 +174,6 @@ def write_detections(folder: Path, ids: Sequence[str], names: Sequence[str], det
                 detections.images[rows].tolist(), detections.scores[rows].tolist(), boxes, strict=True
             )
         ]
-        paths.append(folder / f"comp4_det_test_{name}.txt")
+        paths.append(folder / f"comp4_det_{split}_{name}.txt")
         paths[-1].write_text("".join(lines))
     return paths

@@ -72,7 +72,7 @@ def main(cfg: DictConfig) -> None:
         metrics |= detection.coco_ap(found, truth, len(CLASSES))
         times = {"init": start["seconds"], "train": train_seconds, "evaluate": time.perf_counter() - began}
 
-        detection.write_detections(folder, test.ids, CLASSES, found)
+        detection.write_detections(folder, cfg.data.test, test.ids, CLASSES, found)
         run.write_bytes(folder / "detections.jpg", draw(test, found, cfg.evaluate.pictures))
         per_class = pd.DataFrame({kind: precision[kind] for kind in ("voc11", "area")}, index=CLASSES)
         run.write_record(

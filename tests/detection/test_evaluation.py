@@ -143,8 +143,8 @@ def test_coco_agrees_about_an_overlap_of_a_half():
 def test_text_files(tmp_path):
     boxes = torch.tensor([[0.0, 1, 10, 20], [2.25, 3, 4, 5], [5, 5, 6, 6]])
     detections = Detections(torch.tensor([1, 0, 1]), torch.tensor([0, 0, 1]), boxes, torch.tensor([0.5, 0.25, 1]))
-    paths = write_detections(tmp_path, ["000001", "000007"], ["cat", "dog", "cow"], detections)
-    assert [path.name for path in paths] == [f"comp4_det_test_{name}.txt" for name in ("cat", "dog", "cow")]
+    paths = write_detections(tmp_path, "val", ["000001", "000007"], ["cat", "dog", "cow"], detections)
+    assert [path.name for path in paths] == [f"comp4_det_val_{name}.txt" for name in ("cat", "dog", "cow")]
     assert paths[0].read_text() == "000007 0.500000 1.0 2.0 11.0 21.0\n000001 0.250000 3.2 4.0 5.0 6.0\n"
     assert paths[1].read_text() == "000007 1.000000 6.0 6.0 7.0 7.0\n"
     assert paths[2].read_text() == ""
