@@ -304,7 +304,6 @@ def blocks(
 
 def files(name: str, text: str, texts: list[str], rows: pd.DataFrame) -> dict[str, str]:
     """The Markdown and the CSV of a table."""
-    rows = rows.infer_objects()  # a block without records has no numbers, only objects, whose format is not ours
     csv = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return {f"{name}.md": "\n".join([text, *texts]), f"{name}.csv": csv}
 
@@ -393,8 +392,9 @@ def average(block: pd.DataFrame, metrics: Mapping[str, str] = METRICS) -> pd.Dat
         rows[init] |= {f"{name}_std": runs[name].std() for name in metrics}
         rows[init] |= {"n": len(runs), "seeds": " ".join(map(str, sorted(runs["seed"])))}
         rows[init] |= {name: "; ".join(sorted(set(runs[name]))) for name in ORIGIN}
-    columns = [*metrics, *(f"{name}_std" for name in metrics), "n", "seeds", *ORIGIN]
-    return pd.DataFrame(rows.values(), index=list(rows), columns=columns).astype({"n": "Int64"})
+    numbers = [*metrics, *(f"{name}_std" for name in metrics)]
+    table = pd.DataFrame(rows.values(), index=list(rows), columns=[*numbers, "n", "seeds", *ORIGIN])
+    return table.astype(dict.fromkeys(numbers, float) | {"n": "Int64"})  # without records, too
 
 
 def differing(records: pd.DataFrame, prefix: str) -> list[str]:
