@@ -8,6 +8,7 @@ line printed is the file of the weights, for `voc_cls.py init=pretrained init.we
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import hydra
 import torch
@@ -16,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from experiments.data.download import prepare
 from experiments.data.images import Crops, ImageCache, crop, seeded
@@ -60,6 +62,7 @@ def main(cfg: DictConfig) -> None:
             times=times,
             curve="curve.csv",
         )
+        fold_batch_norm(trunk)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in trunk.state_dict().items()}
         run.write_bytes(weights, save(tensors))
     print(f"{100 * accuracy:.1f} % of the positions are right, chance is {100 / len(POSITIONS):.1f} %")
@@ -151,6 +154,20 @@ def evaluate(model: nn.Module, cache: ImageCache, options: Mapping, settings: Di
         inputs, position = (torch.cat(parts) for parts in zip(*batch, strict=True))
         right += (model(inputs).argmax(1) == position).sum().item()
     return right / settings.pairs
+
+
+def fold_batch_norm(trunk: nn.Module) -> None:
+    """Fold each BatchNorm into the layer before it, as in evaluation: the weights then fit a network without it.
+
+    Such layers have outputs of nearly unit variance whatever the layers around them are like: that leaves the change
+    rates of the layers far apart, as in the network of Doersch et al., who pre-train with BatchNorm.
+    """
+    trunk.eval()
+    for (name, layer), (norm_name, norm) in pairwise(list(trunk.named_children())):
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+            trunk.set_submodule(name, fuse(layer, norm))
+            trunk.set_submodule(norm_name, nn.Identity())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import initializers
 from experiments.data.images import ImageCache
 from experiments.data.voc import read_split
 from experiments.networks import CaffeNet
-from experiments.pretrain import POSITIONS, Pairs, PatchPairs, evaluate
+from experiments.pretrain import POSITIONS, Pairs, PatchPairs, evaluate, fold_batch_norm
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {"size": 16, "mean": (104, 117, 123), "gap": 0.5, "jitter": 0.1, "min_side": 0.6}
@@ -88,10 +88,29 @@ def test_positions_can_be_learned():
     assert evaluate(model, cache, options, settings, seed=5) > 0.7
 
 
+def test_folding_batch_norm_keeps_the_function_and_leaves_no_trace():
+    torch.manual_seed(0)
+    options = {"input_size": 67, "width": 0.125, "fc": 24}
+    trunk, plain = CaffeNet(20, batch_norm=True, **options), CaffeNet(20, **options).eval()
+    for _ in range(20):  # means and variances, with scales and shifts that are not 1 and 0
+        trunk(60 * torch.randn(8, 3, 67, 67))
+    for layer in trunk:
+        if isinstance(layer, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.weight, 0.5, 2)
+            torch.nn.init.normal_(layer.bias)
+    x = 60 * torch.randn(4, 3, 67, 67)
+    expected = trunk.eval()(x)
+    fold_batch_norm(trunk)
+    torch.testing.assert_close(trunk(x), expected, rtol=1e-4, atol=1e-5)
+    plain.load_state_dict(trunk.state_dict())  # strict: the same names and shapes
+    torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_run_leaves_weights_that_start_another(run, finish, demo, tmp_path):
     overrides = ["preset=demo", "data=demo", f"data.root={demo / 'set'}", f"data.cache={demo / 'cache'}"]
     overrides += ["output=outputs", "init.images=60", "train.iterations=300", "train.log_every=20"]
     overrides += ["evaluate.pairs=400", "train.batch_size=20"]
+    overrides += ["model.batch_norm=true"]  # which is folded away: the weights start a network without it
     command = [sys.executable, ROOT / "experiments" / "pretrain.py", *overrides]
     done = finish(command)
     assert done.returncode == 0, done.stderr
