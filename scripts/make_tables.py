@@ -145,8 +145,9 @@ def make_tables(runs: Path, paper: Path, families: Path | None = None) -> dict[s
         plain = sgd[(sgd["config.model._target_"] == CAFFENET) & (sgd["config.model.batch_norm"] == "False")]
         others = sgd[sgd["config.model._target_"].isin(NETWORKS.values())]
     scratch, trained = by_start(plain)
-    tables = table1(caffenet, paper) | table2(scratch, paper) | table3(trained, paper) | section44(others, paper)
-    tables |= detection(read_records(runs, "voc_det", DETECTION_METRICS), paper)
+    names = own_weights(runs)
+    tables = table1(caffenet, paper) | table2(scratch, paper) | table3(trained, paper, names) | section44(others, paper)
+    tables |= detection(read_records(runs, "voc_det", DETECTION_METRICS), paper, names)
     if families is not None and families.exists():
         tables |= families_table(families)
     return tables
@@ -164,7 +165,7 @@ def read_records(runs: Path, experiment: str, metrics: Mapping[str, str] = METRI
             row = {name: record[name] for name in ("preset", "seed", "data", "device")}
             row |= {name: 100 * float(record["metrics"][name]) for name in metrics}
             if not all(0 <= row[name] <= 100 for name in metrics):
-                raise ValueError(f"{record['metrics']} are no average precisions")
+                raise ValueError(f"{record['metrics']} are not between 0 and 1")
             row["path"] = str(path)
             row["init"] = init_key(config["init"])
             row["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -174,6 +175,22 @@ def read_records(runs: Path, experiment: str, metrics: Mapping[str, str] = METRI
             raise ValueError(f"{path} is no result record ({error!r}): repair it or remove it") from error
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def own_weights(runs: Path) -> dict[str, str]:
+    """Key -> name of the initializations from what `experiments/pretrain.py` trained, by the folders of its records."""
+    names = {}
+    for _, row in read_records(runs, "pretrain", {"accuracy": ""}).iterrows():
+        key = f"pretrained {Path(row['path']).parent.name}"
+        name = f"position of patches ({row['accuracy']:.1f} % right), from {row['init']}"
+        name += " with BatchNorm" * (row["config.model.batch_norm"] == "True")
+        names |= {key: name, f"{key} init.rescale=true": f"Ours + {name}"}
+    return names
+
+
+def measured(names: Mapping[str, str], records: pd.DataFrame) -> dict[str, str]:
+    """The names of the initializations that have records."""
+    return {init: names[init] for init in sorted({*records.get("init", ())} & {*names})}
 
 
 def by_start(records: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -237,19 +254,20 @@ def table2(records: pd.DataFrame, paper: Path) -> dict[str, str]:
     return comparison("table2", TABLE2, records, methods, numbers)
 
 
-def table3(records: pd.DataFrame, paper: Path) -> dict[str, str]:
+def table3(records: pd.DataFrame, paper: Path, names: Mapping[str, str]) -> dict[str, str]:
     """Table 3, classification: pre-trained networks, as they are and at equal change rates."""
     published = pd.read_csv(paper / "table3.csv").set_index("init")
-    return comparison("table3", TABLE3, records, published["method"].to_dict(), published["classification"])
+    methods = published["method"].to_dict() | measured(names, records)
+    return comparison("table3", TABLE3, records, methods, published["classification"])
 
 
-def detection(records: pd.DataFrame, paper: Path) -> dict[str, str]:
+def detection(records: pd.DataFrame, paper: Path, names: Mapping[str, str]) -> dict[str, str]:
     """The detection columns of Tables 2 and 3."""
     scratch, trained = by_start(records)
     tables = {}
     for name, text, own in (("table2", DETECTION2, scratch), ("table3", DETECTION3, trained)):
         published = pd.read_csv(paper / f"{name}.csv").set_index("init")
-        methods = published["method"].to_dict() | (BASELINES if name == "table2" else {})
+        methods = published["method"].to_dict() | (BASELINES if name == "table2" else measured(names, own))
         tables |= comparison(f"{name}-detection", text, own, methods, published["detection"], DETECTION_METRICS)
     return tables
 

@@ -223,6 +223,24 @@ def test_detection_has_tables_of_its_own(runs):
     assert "| Ours (k-means) | `kmeans` | 56.6 | 25.0 |" in tables["table2.md"]
 
 
+def test_networks_pretrained_here_are_named_after_their_records(runs):
+    folder, add = runs
+    weights = {"name": "pretrained", "method": "pretrained", "weights": "outputs/mine/weights.safetensors"}
+    for rescale, step in ((False, 0.2), (True, 0.3)):
+        add(f"{rescale}", config__init=weights | {"rescale": rescale}, metrics__map_step=step)
+    add("mine/record", experiment="pretrain", metrics={"accuracy": 0.18}, config__model__batch_norm=True)
+    add("other/record", experiment="pretrain", metrics={"accuracy": 0.16})
+    tables = make(folder)
+    name = "position of patches (18.0 % right), from kmeans with BatchNorm"
+    rows = (
+        f"| {name} | `pretrained mine` |  | 20.0 | 27.0 | 1 | 0 |\n"
+        f"| Ours + {name} | `pretrained mine init.rescale=true` |  | 30.0 | 27.0 | 1 | 0 |\n"
+    )
+    assert rows in tables["table3.md"]
+    assert "position of patches" not in tables["table3-detection.md"]
+    assert "other" not in tables["table3.md"]
+
+
 def test_table1_has_a_column_for_each_optimizer_and_kind_of_filters(runs, tmp_path):
     folder, add = runs
     adam = {"name": "adam", "lr": 1e-4}
@@ -333,8 +351,8 @@ def test_the_order_of_the_files_does_not_matter_and_nothing_is_accumulated(runs,
     ("changes", "reason"),
     [
         ({"metrics": {"map_voc11": 0.3}}, "KeyError('map_step')"),
-        ({"metrics__map_step": float("nan")}, "no average precisions"),
-        ({"metrics__map_step": 56.6}, "no average precisions"),
+        ({"metrics__map_step": float("nan")}, "are not between 0 and 1"),
+        ({"metrics__map_step": 56.6}, "are not between 0 and 1"),
         ({"metrics__map_step": None}, "TypeError"),
         ({"config": {}}, "KeyError('init')"),
         ({"versions": "2.14"}, "AttributeError"),
