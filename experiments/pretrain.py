@@ -159,8 +159,8 @@ def evaluate(model: nn.Module, cache: ImageCache, options: Mapping, settings: Di
 def fold_batch_norm(trunk: nn.Module) -> None:
     """Fold each BatchNorm into the layer before it, as in evaluation: the weights then fit a network without it.
 
-    Such layers have outputs of nearly unit variance whatever the layers around them are like: that leaves the change
-    rates of the layers far apart, as in the network of Doersch et al., who pre-train with BatchNorm.
+    Doersch et al. pre-train with BatchNorm, too. Nothing then keeps the scales of the layers in proportion, so that
+    the folded weights may be far from one change rate, for `init.rescale=true` to mend.
     """
     trunk.eval()
     for (name, layer), (norm_name, norm) in pairwise(list(trunk.named_children())):
