@@ -153,8 +153,8 @@ def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
         chosen = squashed(images, index, cfg.crop.size, tuple(cfg.data.mean))
         chosen = chosen.to(next(model.parameters()).device)
     began = time.perf_counter()
-    every = Classifiers(model) if chosen is not None and len(model.heads) > 1 else model
-    report = set_weights(every, cfg.init, chosen, cfg.seed)
+    together = len(model.heads) > 1 and cfg.init.method in ("initialize", "lsuv")
+    report = set_weights(Classifiers(model) if together else model, cfg.init, chosen, cfg.seed)
     seconds = time.perf_counter() - began
     if cfg.zero_classifiers and cfg.init.method == "initialize":
         for name in model.heads:

@@ -141,6 +141,18 @@ def folder_of(done, tmp_path):
     return (tmp_path / done.stdout.splitlines()[-1]).parent
 
 
+def test_weights_of_a_network_with_auxiliary_classifiers(execute, tmp_path):
+    source = GoogLeNet(20, input_size=64, width=0.25, auxiliary=True)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    overrides = ("model=googlenet", "model.auxiliary=true", "init=pretrained", "init.weights=weights.pth")
+    for rescale in (False, True):
+        done = execute(*overrides, f"init.rescale={rescale}".lower(), "train.iterations=1")
+        folder = folder_of(done, tmp_path)
+        assert f"{len(source.state_dict())} parameters loaded\n" in done.stdout
+        report = json.loads((folder / "record.json").read_text())["init_report"]
+        assert (report is None) == (not rescale)
+
+
 def error_of(failed):
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
