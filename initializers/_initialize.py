@@ -3,7 +3,6 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,6 @@ def initialize(
     nonhomogeneous: str = "pin",
     lrn: str = "estimate",
     rate_images: int = 16,
-    only: Collection[str] | None = None,
 ) -> Report:
     """Initialize every affine layer of `model` from `images` (section 3).
 
@@ -80,8 +78,6 @@ def initialize(
             alpha, which the state dict does not hold.
         rate_images: the between-layer step measures the rates on so many of the images, evenly spread; 16 as in the
             authors' code. More make the rates of other images more equal, at a cost that grows with their number.
-        only: names of the layers that get filters and the within-layer step, such as a new last layer on pre-trained
-            ones; all others keep their weights. None: every layer. The between-layer step is over all in any case.
 
     Returns:
         A `Report`; print it for a table.
@@ -97,8 +93,6 @@ def initialize(
     _check_choice("lrn", lrn, LRN)
     if rate_images < 1:
         raise InitializationError(f"rate_images is {rate_images}: pass at least 1")
-    if isinstance(only, str):
-        raise InitializationError(f"only is a collection of names: pass only=[{only!r}]")
     start = time.perf_counter()
     model = unwrapped(model)
     with unchanged_on_error(model, seed):
@@ -112,7 +106,7 @@ def initialize(
             ) from problem
         report = Report([], images=len(inputs[0]))
         if filters is not None or within:
-            _sweep(layers, inputs, graph, filters, within, bias, seed, only, report)
+            _sweep(layers, inputs, graph, filters, within, bias, seed, report)
         if between and nonhomogeneous == "scale":
             layers = _scale(layers, inputs, rate_images, seed, report)
         elif between:
@@ -186,7 +180,6 @@ def _sweep(
     within: bool,
     bias: float,
     seed: int,
-    only: Collection[str] | None,
     report: Report,
 ) -> None:
     """Filters and Algorithm 1 in one forward pass over all images, which goes on with the normalised outputs."""
@@ -195,18 +188,15 @@ def _sweep(
     started = 0.0
     after_convolution = False
 
-    def chosen(layer: Layer) -> bool:
-        return only is None or layer.name in only
-
     def before(call: Call, inputs: list[Tensor]) -> None:
         nonlocal row, started, after_convolution
         started = time.perf_counter()
         layer = call.layer
         row = LayerReport(layer.name, tuple(layer.weight.shape))
         report.layers.append(row)
-        after_convolution |= not layer.linear
-        if filters is None or not chosen(layer):
+        if filters is None:
             return
+        after_convolution |= not layer.linear
         kind = "gaussian" if after_convolution and layer.linear and filters in DATA_DRIVEN else filters
         try:
             centre = within and layer.bias is None and not layer.computed_bias
@@ -221,7 +211,7 @@ def _sweep(
         layer = call.layer
         mean, std = _statistics(layer, outputs)
         row.mean_before, row.std_before = mean.mean().item(), std.mean().item()
-        if within and chosen(layer):
+        if within:
             row.add_note(_normalise(layer, outputs, mean, std, bias))
             mean, std = _statistics(layer, outputs)
             row.mean_after, row.std_after = mean.mean().item(), std.mean().item()
@@ -231,9 +221,6 @@ def _sweep(
         sweep(layers, inputs, graph, before, after)
     if not report.layers:
         raise InitializationError(NO_LAYER)
-    names = [row.name for row in report.layers]
-    if unknown := [name for name in only or () if name not in names]:
-        raise InitializationError(f"only: no affine layer {', '.join(unknown)} runs; those that do: {', '.join(names)}")
 
 
 def _normalise(layer: Layer, outputs: list[Tensor], mean: Tensor, std: Tensor, bias: float) -> str:

@@ -69,9 +69,8 @@ TABLE3 = """\
 Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
 
 Mean average precision on the test set in percent, ± the standard deviation over seeds. Published: Krähenbühl et al.
-(2016). "Ours +" are networks whose change rates were made equal before they were trained on (`init.rescale=true`), with
-a new last layer of outputs of unit variance; that of the others has weights of standard deviation .01. Weights of our
-own, from `experiments/pretrain.py`, stand below those of the paper. An empty cell has not been measured.
+(2016). "Ours +" are networks whose change rates were made equal before they were trained on (`init.rescale=true`).
+Weights of our own, from `experiments/pretrain.py`, stand below those of the paper. An empty cell has not been measured.
 """
 
 SECTION44 = """\

@@ -33,20 +33,11 @@ def set_weights(model: nn.Module, init: Mapping, images: Tensor | None, seed: in
 def pretrained(
     model: nn.Module, images: Tensor, *, seed: int, weights: str | None, rescale: bool
 ) -> initializers.Report | None:
-    """The weights of a file, and with `rescale` equal change rates (section 4.3); the report of the latter.
-
-    Layers that the file lacks, as a new last layer, then are Gaussian and normalised within the layer, as the authors'
-    code initializes them: the output of N(0, .01²) is so small that all layers, at equal rates, would hardly learn.
-    """
+    """The weights of a file, and with `rescale` equal change rates (section 4.3); the report of the latter."""
     if weights is None:
         raise ValueError("init=pretrained takes its weights from a file: pass init.weights=FILE")
-    loaded = load_weights(model, weights, seed=seed)
-    print(loaded)
-    if not rescale:
-        return None
-    missing = [name for name in loaded.missing if model.get_parameter(name).ndim > 1]  # not BatchNorm's, nor biases
-    new = [name.removesuffix(".weight") for name in missing]
-    return initializers.initialize(model, images, "gaussian", seed=seed, only=new)
+    print(load_weights(model, weights, seed=seed))
+    return initializers.rescale(model, images, seed=seed) if rescale else None
 
 
 def once(folder: Path, initialize: Callable[[], dict]) -> dict:

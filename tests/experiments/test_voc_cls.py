@@ -176,11 +176,7 @@ def test_weights_from_a_file(run, tmp_path):
         assert "14 parameters loaded\nnot in the file: fc8.weight, fc8.bias" in done.stdout
         record = json.loads(Path(record_of(done)).read_text())
         spreads.append(record["change_rate"]["spread"])
-        report = record["init_report"]
-        assert (report is None) == (rescale == "false")
-        if report is not None:  # the last layer is new, the others are the file's
-            assert [row["filters"] for row in report["layers"]] == [None] * 7 + ["gaussian"]
-            assert report["layers"][-1]["std_after"] == pytest.approx(1, abs=1e-3)
+        assert (record["init_report"] is None) == (rescale == "false")
     assert spreads[1] < spreads[0] / 2
 
 

@@ -276,38 +276,6 @@ def test_a_depthwise_layer_on_one_position_keeps_its_mean(filters, images):
         assert (mean.abs() > 1).all() if name == "1" else (mean.abs() < 1e-4).all()
 
 
-@pytest.mark.parametrize("filters", ["gaussian", "kmeans", None])
-def test_only_some_layers(filters, images):
-    """The others keep their weights, but for the scales of the between-layer step."""
-    model = build("plain")
-    before, names = state(model)[0], ["3", "8"]
-    report = initialize(model, images, filters, between=False, only=names)
-    assert {row.name: row.filters for row in report.layers if row.filters} == (
-        {"3": filters, "8": "gaussian"} if filters else {}
-    )
-    outputs = affine_outputs(model, images)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) != name.startswith(("3.", "8.")), name
-    for name in outputs:
-        std, mean = torch.std_mean(outputs[name].flatten(0, -2), 0, correction=0)
-        assert torch.allclose(std, torch.ones_like(std), atol=1e-4) == (name in names)
-        assert torch.allclose(mean, torch.full_like(mean, 0.1), atol=1e-4) == (name in names)
-
-    kept = state(model)[0]
-    report = initialize(model, images, filters, only=names)
-    assert report.spread_after < 1.001
-    for name in outputs.keys() - {*names, "top"}:
-        parallel = cosines(model.get_submodule(name).weight, kept[f"{name}.weight"])
-        torch.testing.assert_close(parallel, torch.ones_like(parallel), atol=1e-5, rtol=0)
-
-
-def test_only_no_layer_is_rescaling(images):
-    one, other = build("plain"), build("plain")
-    initialize(one, images, "gaussian", only=[])
-    rescale(other, images)
-    assert_same(state(one), state(other))
-
-
 def test_the_default_mean_is_a_tenth(images):
     model = build("plain")
     initialize(model, images)
