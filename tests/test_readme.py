@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import initializers
+from experiments.engine.run import init_key
 from experiments.imagenet import line_of
 from initializers.__main__ import make_parser
 
@@ -121,7 +122,7 @@ def test_the_spreads_of_figure_1_are_those_of_the_record():
         assert value == f"{spreads[line]:.{1 if spreads[line] < 10 else 0}f}", line
 
 
-def test_the_shares_of_figure_2_and_the_positions_are_those_of_the_records():
+def test_the_shares_of_figure_2_are_those_of_the_record():
     shares = json.loads((ROOT / "results/figures/figure2.json").read_text())["shares_a_class"]
     text = " ".join(README.partition("### Nearest neighbours")[2].partition("\n## ")[0].split())
     names = {
@@ -133,9 +134,22 @@ def test_the_shares_of_figure_2_and_the_positions_are_those_of_the_records():
     for line, name in names.items():
         (value,) = re.findall(rf"(\d+) %(?: of the cases)? for {name}", text)
         assert int(value) == round(100 * shares[line]), line
-    (record,) = (ROOT / "results/runs/pretrain").glob("*/record.json")
-    accuracy = json.loads(record.read_text())["metrics"]["accuracy"]
-    assert f"tells {100 * accuracy:.1f} % of the positions" in README
+
+
+def test_the_networks_pretrained_here_are_those_of_the_records():
+    table = pd.read_csv(ROOT / "results/tables/table3.csv").query("preset == 'mini'").set_index("init")
+    found = dict(re.findall(r"^\| `pretrain\.py (.*?)` \| ([\d.]+ \| .*) \|$", README, re.M))
+    expected = {}
+    for path in (ROOT / "results/runs/pretrain").glob("*/record.json"):
+        record = json.loads(path.read_text())
+        config = record["config"]
+        name = f"init={init_key(config['init'])}" + " model.batch_norm=true" * config["model"]["batch_norm"]
+        cells = [f"{100 * record['metrics']['accuracy']:.1f}"]
+        for rescale in ("", " init.rescale=true"):
+            row = table.loc[f"pretrained {path.parent.name}{rescale}"]
+            cells.append(f"{row['map_step']:.1f}" + (f" ± {row['map_step_std']:.1f}" if row["n"] > 1 else ""))
+        expected[name] = " | ".join(cells)
+    assert found == expected
 
 
 def test_the_losses_on_imagenet_are_those_of_the_records():
