@@ -183,7 +183,7 @@ def own_weights(runs: Path) -> dict[str, str]:
     for _, row in read_records(runs, "pretrain", {"accuracy": ""}).iterrows():
         key = f"pretrained {Path(row['path']).parent.name}"
         name = f"position of patches ({row['accuracy']:.1f} % right), from {row['init']}"
-        name += " with BatchNorm" * (row["config.model.batch_norm"] == "True")
+        name += " with BatchNorm" * (row.get("config.model.batch_norm") == "True")  # an option of CaffeNet alone
         names |= {key: name, f"{key} init.rescale=true": f"Ours + {name}"}
     return names
 

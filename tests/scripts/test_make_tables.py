@@ -228,8 +228,9 @@ def test_networks_pretrained_here_are_named_after_their_records(runs):
     weights = {"name": "pretrained", "method": "pretrained", "weights": "outputs/mine/weights.safetensors"}
     for rescale, step in ((False, 0.2), (True, 0.3)):
         add(f"{rescale}", config__init=weights | {"rescale": rescale}, metrics__map_step=step)
+    add("other/record", experiment="pretrain", metrics={"accuracy": 0.16}, config__model={"_target_": "VGG16"})
+    assert "| pretrained mine | `pretrained mine` |" in make(folder)["table3.md"]  # without a record of how
     add("mine/record", experiment="pretrain", metrics={"accuracy": 0.18}, config__model__batch_norm=True)
-    add("other/record", experiment="pretrain", metrics={"accuracy": 0.16})
     tables = make(folder)
     name = "position of patches (18.0 % right), from kmeans with BatchNorm"
     rows = (
