@@ -234,15 +234,14 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(run, kill, tmp_
     pd.testing.assert_frame_equal(*curves)
 
 
-def test_a_truncated_checkpoint_gives_way_to_the_one_before(run, kill, tmp_path):
-    long = ("init=xavier", "train.iterations=300", "train.checkpoint_seconds=0")
-    kill(lambda: rows(tmp_path) >= 10, *long)
-    (newest,) = tmp_path.glob("outputs/voc_cls/*/checkpoint.pt")
+def test_a_truncated_checkpoint_gives_way_to_the_one_before(run):
+    command = ("voc_cls.py", "init=xavier", "train.iterations=300", "train.checkpoint_seconds=0")
+    record = Path(record_of(run(*command)))
+    expected, newest = weights(record), record.with_name("checkpoint.pt")
     os.truncate(newest, newest.stat().st_size - 1000)
-    done = run("voc_cls.py", *long)
+    record.unlink()  # as if it had been killed at the last checkpoint
+    done = run(*command)
     assert f"{newest} is damaged" in done.stderr
-    whole = run("voc_cls.py", *long, f"output={tmp_path / 'whole'}")
-    expected = weights(record_of(whole))
     assert all(torch.equal(value, expected[name]) for name, value in weights(record_of(done)).items())
 
 
