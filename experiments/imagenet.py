@@ -153,7 +153,8 @@ def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
         chosen = squashed(images, index, cfg.crop.size, tuple(cfg.data.mean))
         chosen = chosen.to(next(model.parameters()).device)
     began = time.perf_counter()
-    together = len(model.heads) > 1 and cfg.init.method in ("initialize", "lsuv")
+    # Not with weights from a file, which know the network by its own names.
+    together = len(model.heads) > 1 and chosen is not None and cfg.init.method != "pretrained"
     report = set_weights(Classifiers(model) if together else model, cfg.init, chosen, cfg.seed)
     seconds = time.perf_counter() - began
     if cfg.zero_classifiers and cfg.init.method == "initialize":

@@ -188,7 +188,7 @@ def own_weights(runs: Path) -> dict[str, str]:
     return names
 
 
-def measured(names: Mapping[str, str], records: pd.DataFrame) -> dict[str, str]:
+def names_in(names: Mapping[str, str], records: pd.DataFrame) -> dict[str, str]:
     """The names of the initializations that have records."""
     return {init: names[init] for init in sorted({*records.get("init", ())} & {*names})}
 
@@ -257,7 +257,7 @@ def table2(records: pd.DataFrame, paper: Path) -> dict[str, str]:
 def table3(records: pd.DataFrame, paper: Path, names: Mapping[str, str]) -> dict[str, str]:
     """Table 3, classification: pre-trained networks, as they are and at equal change rates."""
     published = pd.read_csv(paper / "table3.csv").set_index("init")
-    methods = published["method"].to_dict() | measured(names, records)
+    methods = published["method"].to_dict() | names_in(names, records)
     return comparison("table3", TABLE3, records, methods, published["classification"])
 
 
@@ -267,7 +267,7 @@ def detection(records: pd.DataFrame, paper: Path, names: Mapping[str, str]) -> d
     tables = {}
     for name, text, own in (("table2", DETECTION2, scratch), ("table3", DETECTION3, trained)):
         published = pd.read_csv(paper / f"{name}.csv").set_index("init")
-        methods = published["method"].to_dict() | (BASELINES if name == "table2" else measured(names, own))
+        methods = published["method"].to_dict() | (BASELINES if name == "table2" else names_in(names, own))
         tables |= comparison(f"{name}-detection", text, own, methods, published["detection"], DETECTION_METRICS)
     return tables
 

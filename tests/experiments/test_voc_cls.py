@@ -237,11 +237,13 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(run, kill, tmp_
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(run):
     command = ("voc_cls.py", "init=xavier", "train.iterations=300", "train.checkpoint_seconds=0")
     record = Path(record_of(run(*command)))
-    expected, newest = weights(record), record.with_name("checkpoint.pt")
+    expected, newest, curve = weights(record), record.with_name("checkpoint.pt"), record.with_name("curve.csv")
+    before = curve.read_text().splitlines()
     os.truncate(newest, newest.stat().st_size - 1000)
     record.unlink()  # as if it had been killed at the last checkpoint
     done = run(*command)
     assert f"{newest} is damaged" in done.stderr
+    assert curve.read_text().splitlines()[:-1] == before[:-1]  # with their seconds: it did not begin again
     assert all(torch.equal(value, expected[name]) for name, value in weights(record_of(done)).items())
 
 
