@@ -12,7 +12,7 @@ from detection.boxes import clip, decode, nms
 from detection.sampling import BACKGROUND_LABEL, IGNORED
 
 STRIDE = 16  # pixels of the image to one of the last convolution's map, for CaffeNet and VGG-16
-OUTPUT_STD = {"cls_score": 0.01, "bbox_pred": 0.001}  # of the new layers, biases 0 (rbgirshick/fast-rcnn)
+OUTPUT_STD = {"cls_score": 0.01, "bbox_pred": 0.001}  # of the new layers at full width, biases 0 (rbgirshick/fast-rcnn)
 
 
 class FastRCNN(nn.Module):
@@ -23,7 +23,8 @@ class FastRCNN(nn.Module):
     All layers keep their names; the new ones are `cls_score` and `bbox_pred`.
 
     Args:
-        network: the classifier, whose modules run one after the other; its modules become the detector's.
+        network: the classifier, whose modules run one after the other; its modules become the detector's. Its
+            `std_factors`, and `caffe_fillers` if it has them, say how the layers of a narrower one are initialized.
         classes: without the background.
         pool: name of the pooling that goes.
         padding: of convolutions and poolings, where the detector's are others than the classifier's.
@@ -57,12 +58,15 @@ class FastRCNN(nn.Module):
         self.classes = classes
         self.cls_score = nn.Linear(linear[-1].out_features, 1 + classes)
         self.bbox_pred = nn.Linear(linear[-1].out_features, 4 * (1 + classes))
+        factors = network.std_factors
+        self.std_factors = {**factors, **dict.fromkeys(OUTPUT_STD, factors[names[-1]])}
         self.reset_outputs(0)
         # Targets are normalised by these; `detect` undoes it.
         self.register_buffer("target_mean", torch.zeros(1 + classes, 4))
         self.register_buffer("target_std", torch.ones(1 + classes, 4))
         if fillers := getattr(network, "caffe_fillers", None):
-            self.caffe_fillers = {**fillers, **{name: (std, 0.0) for name, std in OUTPUT_STD.items()}}
+            outputs = {name: (self.std_factors[name] * std, 0.0) for name, std in OUTPUT_STD.items()}
+            self.caffe_fillers = {**fillers, **outputs}
 
     def forward(self, images: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
         count, each = rois.shape[:2]
@@ -81,7 +85,7 @@ class FastRCNN(nn.Module):
         for number, (name, std) in enumerate(OUTPUT_STD.items()):
             layer = self.get_submodule(name)
             generator = torch.Generator().manual_seed(2 * seed + number)
-            layer.weight.copy_(std * torch.randn(layer.weight.shape, generator=generator))
+            layer.weight.copy_(self.std_factors[name] * std * torch.randn(layer.weight.shape, generator=generator))
             layer.bias.zero_()
 
 

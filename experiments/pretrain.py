@@ -78,10 +78,11 @@ class Pairs(nn.Module):
     def __init__(self, trunk: nn.Module):
         super().__init__()
         features = trunk.get_submodule(trunk.head).in_features
+        std = trunk.std_factors[trunk.head] * 0.01
         trunk.set_submodule(trunk.head, nn.Identity())
         self.trunk = trunk
         self.position = nn.Linear(2 * features, len(POSITIONS))
-        nn.init.normal_(self.position.weight, 0, 0.01)
+        nn.init.normal_(self.position.weight, 0, std)
         nn.init.zeros_(self.position.bias)
 
     def forward(self, x: Tensor) -> Tensor:

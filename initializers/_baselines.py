@@ -2,20 +2,32 @@
 
 import math
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from initializers._filters import orthonormal
-from initializers._initialize import recorded, sweep
+from initializers._initialize import inactive_dropout, recorded, sweep
 from initializers._layers import MODULES, NO_LAYER, Call, Layer, Layers, affine_modules
 from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped
 from initializers._report import LayerReport, Report
 
 
-def gaussian(model: nn.Module, std: float = 0.01, *, seed: int = 0) -> None:
-    """Weights N(0, std²), biases 0. The paper's unscaled Gaussian has std .01 (section 4.1)."""
-    _fill(model, seed, lambda layer, generator: layer.weight.normal_(0, std, generator=generator))
+def gaussian(model: nn.Module, std: float = 0.01, *, factors: Mapping[str, float] | None = None, seed: int = 0) -> None:
+    """Weights N(0, std²), biases 0. The paper's unscaled Gaussian has std .01 (section 4.1).
+
+    Args:
+        factors: what the standard deviation is multiplied by, by the name of the layer; 1 where it is not named. A
+            standard deviation tuned for a wide network, such as .01, lets the signal vanish in a narrow one:
+            sqrt(fan-in of the wide layer / fan-in) keeps it.
+    """
+    factors = factors or {}
+
+    def fill(layer: Layer, generator: torch.Generator) -> None:
+        layer.weight.normal_(0, factors.get(layer.name, 1.0) * std, generator=generator)
+
+    _fill(model, seed, fill)
 
 
 def xavier(model: nn.Module, *, seed: int = 0) -> None:
@@ -26,14 +38,18 @@ def xavier(model: nn.Module, *, seed: int = 0) -> None:
     _fill(model, seed, _xavier)
 
 
-def msra(model: nn.Module, *, seed: int = 0) -> None:
+def msra(model: nn.Module, *, factors: Mapping[str, float] | None = None, seed: int = 0) -> None:
     """Convolutions N(0, 2 / fan_in), linear layers N(0, .01²), biases 0: He et al. (2015).
 
     As the paper uses it (section 4.2): "only for the convolutional layers", a Gaussian for the fully connected ones.
+
+    Args:
+        factors: of the linear layers, as in `gaussian`.
     """
+    factors = factors or {}
 
     def fill(layer: Layer, generator: torch.Generator) -> None:
-        std = 0.01 if layer.linear else math.sqrt(2 / layer.fan_in)
+        std = factors.get(layer.name, 1.0) * 0.01 if layer.linear else math.sqrt(2 / layer.fan_in)
         layer.weight.normal_(0, std, generator=generator)
 
     _fill(model, seed, fill)
@@ -136,10 +152,13 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
     with unchanged_on_error(model, seed), torch.no_grad():
         inputs, layers = as_inputs(model, images), Layers(model)
         generator = torch.Generator(inputs[0].device).manual_seed(seed)
-        sweep(layers, inputs, recorded(layers, inputs)[0], before, after)
+        graph, _ = recorded(layers, inputs)
+        sweep(layers, inputs, graph, before, after)
         if not rows:
             raise InitializationError(NO_LAYER)
-    return Report(rows, images=len(inputs[0]), seconds=time.perf_counter() - start)
+        report = Report(rows, images=len(inputs[0]), inactive_dropout=inactive_dropout(layers, graph))
+    report.seconds = time.perf_counter() - start
+    return report
 
 
 def _moments(outputs: list[Tensor]) -> tuple[float, float]:

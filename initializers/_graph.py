@@ -4,17 +4,19 @@ Recording needs no symbolic tracing: it sees what really happens, functional cal
 runs twice, on two images and on three, so that whatever number grows with the batch is known to do so.
 """
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from initializers._layers import AffineMode, Call, Layers, input_of, memory
-from initializers._model import InitializationError, outputs_of, tensors_of
+from initializers._model import InitializationError, dropouts, outputs_of, tensors_of
 
 SIZES = (2, 3)  # of the recorded batches
+SAMPLES = 1280  # images times masks times positions behind dropout, at least: they give a variance to 4 %
 # Their constants can be scaled; a function that such a module calls is attributed to it.
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm, nn.LocalResponseNorm)
 # What a model may ask of a tensor without its values steering what happens next; `__get__` reads a property.
@@ -88,6 +90,7 @@ class Graph:
         storages: address of the memory of each value, which views of one tensor share.
         varying: values that depend on the images.
         inputs, outputs: values of the model's inputs and of the tensors it returns.
+        dropouts: modules that ran.
     """
 
     layers: Layers
@@ -99,6 +102,7 @@ class Graph:
     varying: set[int]
     inputs: list[int]
     outputs: list[int]
+    dropouts: set[nn.Module] = field(default_factory=set)
 
     def aliases(self, value: int) -> list[int]:
         """Values that change where this one is changed in place, itself among them."""
@@ -122,7 +126,8 @@ class Graph:
         """Run the graph on all images, batch by batch between one affine layer and the next.
 
         Every value is computed once and kept until its last use, so that what is held is what the network needs at
-        one point, of all images, and the rest of one batch.
+        one point, of all images, and the rest of one batch. Behind dropout a layer with few samples sees each image
+        under several masks, as its variance would else be that of the masks which happened to be drawn.
 
         Args:
             before, after: as in `sweep`.
@@ -139,6 +144,11 @@ class Graph:
             if operation.call is None or operation.call.layer.name in seen:
                 continue
             seen.add(operation.call.layer.name)
+            if any(map(_drops, self.operations[start:position])):
+                values = sum(sizes) * self.shapes[operation.outputs[0]].numel() // SIZES[0]
+                masks = -(-SAMPLES * operation.call.layer.out_channels // values)
+                environments = [self._copy(environment) for environment in environments for _ in range(masks)]
+                sizes = [size for size in sizes for _ in range(masks)]
             for environment, size in zip(environments, sizes, strict=True):
                 for earlier in range(start, position):
                     self._execute(earlier, environment, size)
@@ -147,6 +157,10 @@ class Graph:
                 self._execute(position, environment, size)
             after(operation.call, [environment[operation.outputs[0]] for environment in environments])
             start = position + 1
+
+    def _copy(self, environment: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The same values in memory of their own, as operations may work in place; views stay views of each other."""
+        return copy.deepcopy(environment, {id(constant): constant for constant in self.constants.values()})
 
     def _execute(self, position: int, environment: dict[int, Tensor], size: int) -> None:
         operation = self.operations[position]
@@ -187,6 +201,7 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
     recorder.graph.inputs = [recorder.new(x, varying=True) for x in inputs]
     norms = [m for m in layers.model.modules() if isinstance(m, NORMS)]
     hooks = [norm.register_forward_pre_hook(recorder.enter) for norm in norms]
+    hooks += [m.register_forward_pre_hook(recorder.drops) for m in dropouts(layers.model).values()]
     hooks += [norm.register_forward_hook(recorder.leave, always_call=True) for norm in norms]
     try:
         with torch.no_grad(), recorder:
@@ -212,6 +227,9 @@ class _Recorder(AffineMode):
 
     def leave(self, *_) -> None:
         self.modules.pop()
+
+    def drops(self, module: nn.Module, _) -> None:
+        self.graph.dropouts.add(module)
 
     def new(self, tensor: Tensor, varying: bool) -> int:
         index = len(self.kept)
@@ -255,6 +273,13 @@ class _Recorder(AffineMode):
             self.graph.varying.update(changed, *in_place)
         self.graph.operations.append(step)
         return output
+
+
+def _drops(operation: Operation) -> bool:
+    """Whether it is active dropout."""
+    names = ("input", "p", "training")
+    given = dict(zip(names, operation.args, strict=False)) | operation.kwargs
+    return "dropout" in operation.name and bool(given.get("training", True) and given.get("p", 0.5))
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:

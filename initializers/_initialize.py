@@ -11,7 +11,18 @@ from torch.nn.utils import parametrize
 from initializers._filters import DATA_DRIVEN, KINDS, draw_filters
 from initializers._graph import Graph, UngraphableError, record
 from initializers._layers import NO_LAYER, Call, Layer, Layers, Scaled, channel_statistics, forward
-from initializers._model import InitializationError, as_inputs, outputs_of, snapshot, unchanged_on_error, unwrapped
+from initializers._model import (
+    InitializationError,
+    as_inputs,
+    constants,
+    dropouts,
+    other_dropout,
+    outputs_of,
+    snapshot,
+    unchanged_on_error,
+    unwrapped,
+    without_dropout,
+)
 from initializers._rates import Measurement, measure
 from initializers._report import LayerReport, Report
 from initializers._scales import Scales
@@ -41,7 +52,7 @@ def initialize(
     method: str = "balance",
     alpha: float = 0.25,
     nonhomogeneous: str = "pin",
-    lrn: str = "estimate",
+    lrn: str | None = None,
     rate_images: int = 16,
 ) -> Report:
     """Initialize every affine layer of `model` from `images` (section 3).
@@ -73,9 +84,10 @@ def initialize(
             "scale" gives every layer the paper's auxiliary scaling, a constant factor between the stored and the
             effective weights and biases (a parametrization whose buffer is in the state dict), and with it the same
             rate whatever the network.
-        lrn: local response normalisation is only nearly homogeneous. "estimate" measures the scale that comes out
-            of it and lets the next layer undo it, which changes the output a little; "exact" scales its constant
-            alpha, which the state dict does not hold.
+        lrn: local response normalisation is only nearly homogeneous. "exact" scales its constant alpha along, so
+            that the function stays; "estimate" leaves it, as the authors' code does, measures the scale that comes
+            out and lets the next layer undo it, which changes the function. None is "exact" for modules whose
+            state dict holds alpha, and "estimate" for others, `nn.LocalResponseNorm` among them.
         rate_images: the between-layer step measures the rates on so many of the images, evenly spread; 16 as in the
             authors' code. More make the rates of other images more equal, at a cost that grows with their number.
 
@@ -90,7 +102,8 @@ def initialize(
         raise InitializationError(f"unknown filters {filters!r}: choose one of {', '.join(KINDS)} or None")
     _check_choice("method", method, METHODS)
     _check_choice("nonhomogeneous", nonhomogeneous, NONHOMOGENEOUS)
-    _check_choice("lrn", lrn, LRN)
+    if lrn is not None:
+        _check_choice("lrn", lrn, LRN)
     if rate_images < 1:
         raise InitializationError(f"rate_images is {rate_images}: pass at least 1")
     start = time.perf_counter()
@@ -99,6 +112,7 @@ def initialize(
         inputs = as_inputs(model, images)
         layers = Layers(model)
         graph, problem = recorded(layers, inputs)
+        before = constants(model)
         if between and nonhomogeneous == "pin" and graph is None:
             raise InitializationError(
                 f"the between-layer step cannot follow {type(model).__name__}: {problem}; pass between=False to set "
@@ -112,6 +126,7 @@ def initialize(
         elif between:
             _equalise(layers, inputs, rate_images, trace_scales(graph, lrn), method, alpha, seed, report)
         _describe(layers, graph, report)
+        report.unsaved = [name for name, value in constants(model).items() if value != before[name]]
     report.seconds = time.perf_counter() - start
     return report
 
@@ -124,7 +139,7 @@ def rescale(
     method: str = "balance",
     alpha: float = 0.25,
     nonhomogeneous: str = "pin",
-    lrn: str = "estimate",
+    lrn: str | None = None,
     rate_images: int = 16,
 ) -> Report:
     """The between-layer step alone, for pre-trained weights: the rates become equal, the function stays (section 4.3).
@@ -272,13 +287,14 @@ def _some(inputs: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def _outputs(layers: Layers, inputs: tuple[Tensor, ...]) -> Tensor:
-    """All outputs of the model, one row per image."""
+    """All outputs of the model in evaluation mode, one row per image."""
     torch.manual_seed(0)  # for models that draw random numbers even in evaluation mode
     batches = zip(*(x.split(BATCH) for x in inputs), strict=True)
     rows = []
-    for batch in batches:
-        outputs = outputs_of(layers.model, tuple(x.clone() for x in batch))  # which a model may change in place
-        rows.append(torch.cat([output.flatten(1) for output in outputs], 1))
+    with without_dropout(layers.model):
+        for batch in batches:
+            outputs = outputs_of(layers.model, tuple(x.clone() for x in batch))  # which a model may change in place
+            rows.append(torch.cat([output.flatten(1) for output in outputs], 1))
     return torch.cat(rows)
 
 
@@ -344,8 +360,7 @@ def _equalise(
     exact = not scales.measured
     first = last = measured()
     factors = dict.fromkeys(first.layers, 1.0)
-    if exact:
-        first_outputs, restore = _outputs(layers, checked), snapshot(layers.model)
+    first_outputs, restore = _outputs(layers, checked), snapshot(layers.model)
     total = 0
     for _ in range(MAX_ROUNDS if method == "balance" else PAPER_STEPS):
         u = scales.equalising(last) * (1 if method == "balance" else alpha)
@@ -369,7 +384,7 @@ def _equalise(
         _check_exact(report, inputs)
         last = measured()
     else:
-        report.output_change = _change(first.outputs, last.outputs)
+        report.output_change = _change(first_outputs, _outputs(layers, checked))
     report.lrn = "estimate" if scales.measured else "exact" if scales.lrns else None
     _report_rates(report, first, last, factors)
 
@@ -475,6 +490,7 @@ def _describe(layers: Layers, graph: Graph | None, report: Report) -> None:
     seen = {layers.owner(tensor) for layer in layers.found.values() for tensor in (layer.weight, layer.bias)}
     parameters = layers.model.named_parameters()
     report.kept = [name for name, parameter in parameters if parameter.ndim > 1 and name not in seen]
+    report.inactive_dropout = inactive_dropout(layers, graph)
     uses = Counter(operation.call.layer.name for operation in graph.operations if operation.call) if graph else {}
     for row in report.layers:
         layer = layers.found[row.name]
@@ -482,3 +498,14 @@ def _describe(layers: Layers, graph: Graph | None, report: Report) -> None:
             row.add_note("the model computes its bias, so that the mean is as it comes")
         if uses.get(row.name, 1) > 1:
             row.add_note(f"used {uses[row.name]} times, normalised where it is used first")
+
+
+def inactive_dropout(layers: Layers, graph: Graph | None) -> list[str]:
+    """What drops at random in training and did not here: modules by name, functions by their probability."""
+    unused = [
+        name
+        for name, module in dropouts(layers.model).items()
+        if graph is not None and module.p > 0 and module not in graph.dropouts
+    ]
+    functions = [f"functional dropout, p = {p:g}" for p in sorted(layers.functional_dropout)]
+    return [*unused, *other_dropout(layers.model), *functions]

@@ -191,6 +191,7 @@ class Layers:
     model: nn.Module
     found: dict[str, Layer] = field(default_factory=dict)  # in order of execution
     per_image: bool | None = None  # whether the rows of all inputs are the images; None where nothing ran yet
+    functional_dropout: set[float] = field(default_factory=set)  # probabilities of dropout by functions, inactive
 
     @cached_property
     def _parameters(self) -> dict[int, list[tuple[str, Tensor]]]:
@@ -328,6 +329,10 @@ class AffineMode(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
+        if "dropout" in func.__name__:
+            given = dict(zip(("input", "p", "train"), args, strict=False)) | kwargs
+            if given.get("p", 0.5) and not given.get("training", given.get("train", True)):
+                self.layers.functional_dropout.add(given.get("p", 0.5))
         call = self.layers.call(func, args, kwargs, self.sources)
         output = self.operation(func, args, kwargs, call)
         if self.layers.is_scaling(func, args):

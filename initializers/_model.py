@@ -1,4 +1,4 @@
-"""What every step needs of a model: its inputs, its outputs, and a safe way to change it."""
+"""What every step needs of a model: its inputs, its outputs, its dropout, and a safe way to change it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -52,7 +52,8 @@ def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
     elif not isinstance(images, Iterable):
         raise InitializationError(f"images is a {type(images).__name__}: pass a float tensor or an iterable of batches")
     else:
-        batches = [_first_tensor(batch) for batch in images]
+        with torch.random.fork_rng(devices=[]):  # which a loader draws from
+            batches = [_first_tensor(batch) for batch in images]
         if not batches:
             raise InitializationError("images is empty: pass at least a few dozen real images")
         if len({batch.shape[1:] for batch in batches}) > 1:
@@ -99,9 +100,10 @@ def _is_finite(tensor: Tensor) -> bool:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode inside; afterwards flags and global random state are as before, and on an error so are weights.
+    """Evaluation mode with dropout inside; afterwards flags and random state are as found, after an error weights too.
 
-    Dropout is inactive and BatchNorm uses its running statistics, which are not updated. On a GPU convolutions and
+    Dropout modules are active, as in training and in the authors' code: what is measured is what is trained. Everything
+    else is in evaluation mode: BatchNorm uses its running statistics, which are not updated. On a GPU convolutions and
     products are deterministic and of full precision: TF32 changes outputs by more than the between-layer step may.
     """
     training = [(module, module.training) for module in model.modules()]
@@ -109,11 +111,13 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
     arithmetic = [(backend, name, getattr(backend, name)) for backend, name, _ in ARITHMETIC]
     model.eval()
+    for module in dropouts(model).values():
+        module.train()
     try:
         for backend, name, value in ARITHMETIC:
             setattr(backend, name, value)
         with torch.random.fork_rng(devices=list(devices)):
-            torch.manual_seed(seed)  # for models that draw random numbers even in evaluation mode
+            torch.manual_seed(seed)  # of dropout, and of models that draw random numbers even in evaluation mode
             yield
     except BaseException:
         restore()
@@ -123,6 +127,50 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
             module.training = flag
         for backend, name, value in arithmetic:
             setattr(backend, name, value)
+
+
+def dropouts(model: nn.Module) -> dict[str, nn.Module]:
+    """The dropout modules of a model, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Dropout modules are inactive inside, and active afterwards."""
+    modules = dropouts(model).values()
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()
+
+
+def other_dropout(model: nn.Module) -> list[str]:
+    """Names of modules that drop at random in training without being dropout modules of torch.
+
+    Stochastic depth, dropout inside attention or between the steps of a recurrent layer; known by their class or by an
+    attribute that is named after dropout and larger than 0.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.dropout._DropoutNd):
+            rates = [key for key, value in vars(module).items() if isinstance(value, float) and value > 0]
+            kind = type(module).__name__.lower()
+            if any("drop" in key for key in rates) or (rates and ("drop" in kind or "stochasticdepth" in kind)):
+                found.append(name or type(module).__name__)
+    return found
+
+
+def constants(model: nn.Module) -> dict[str, float]:
+    """The constants of normalisations that the state dict does not hold, by name."""
+    found = {}
+    for path, module in model.named_modules():
+        for name in CONSTANTS:
+            if isinstance(value := getattr(module, name, None), float):
+                found[f"{path}.{name}".removeprefix(".")] = value
+    return found
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:

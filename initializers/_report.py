@@ -49,7 +49,11 @@ class Report:
         rate_images: number of them on which the between-layer step measured change rates.
         rounds: times the between-layer step was applied.
         kept: parameters of two or more dimensions that are no weights of an affine layer which ran: not initialized.
-        lrn: what the between-layer step did about local response normalisation: "estimate", "exact" or None.
+        inactive_dropout: what drops at random in training, but did not here: dropout as a function or inside attention,
+            stochastic depth. Dropout modules are active.
+        lrn: what the between-layer step did about local response normalisation: "exact" scaled the constant, "estimate"
+            left at least one and changed the function; None where there is none.
+        unsaved: constants of normalisations that the between-layer step scaled and the state dict does not hold.
         powers_of_two: whether the scales were rounded to powers of two, because the network amplifies the rounding of
             its weights so much that its output would have changed otherwise; the rates are then less equal.
         output_change: relative change of the model's output by the between-layer step, in norm.
@@ -61,7 +65,9 @@ class Report:
     rate_images: int = 0
     rounds: int = 0
     kept: list[str] = field(default_factory=list)
+    inactive_dropout: list[str] = field(default_factory=list)
     lrn: str | None = None
+    unsaved: list[str] = field(default_factory=list)
     powers_of_two: bool = False
     output_change: float | None = None
     seconds: float = 0.0
@@ -100,13 +106,24 @@ class Report:
                 "have other statistics than those that were set"
             )
         if self.lrn == "estimate":
-            lines.append("local response normalisation is left as it is, so that the output moves")
+            lines.append("local response normalisation is left as it is, so that the function of the network changes")
         elif self.lrn == "exact":
-            lines.append("the constant alpha of the local response normalisations is scaled: keep it with the weights")
+            lines.append("the constant of local response normalisation is scaled, so that the function stays")
+        if self.unsaved:
+            names = _some(self.unsaved)
+            lines.append(f"constants were scaled that the state dict does not hold, keep the module: {names}")
         lines += [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
         if self.kept:
             lines.append(f"not initialized: {', '.join(self.kept)}")
+        if self.inactive_dropout:
+            names = ", ".join(self.inactive_dropout)
+            lines.append(f"inactive here, though random in training: {names}; dropout modules are active")
         return "\n".join(lines)
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _spread(rates: list[float | None]) -> float | None:

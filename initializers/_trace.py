@@ -46,11 +46,12 @@ _OPERATORS = {
 } | {"__truediv__": "div", "__itruediv__": "div", "__neg__": "neg"}
 
 
-def trace_scales(graph: Graph, lrn: str) -> Scales:
+def trace_scales(graph: Graph, lrn: str | None) -> Scales:
     """The scales of a graph.
 
     Args:
-        lrn: "estimate" leaves local response normalisations as they are, "exact" scales their constants.
+        lrn: "estimate" leaves local response normalisations as they are, "exact" scales their constants, None those
+            that the state dict holds.
     """
     return _Tracer(graph, lrn).trace()
 
@@ -58,9 +59,9 @@ def trace_scales(graph: Graph, lrn: str) -> Scales:
 class _Tracer:
     """Follows the labels through the operations of a graph."""
 
-    def __init__(self, graph: Graph, lrn: str) -> None:
+    def __init__(self, graph: Graph, lrn: str | None) -> None:
         self.graph = graph
-        self.exact_lrn = lrn == "exact"
+        self.lrn = lrn
         self.scales = Scales()
         self.labels: dict[int, Tensor] = {}
         self.uses: dict[str, Use] = {}
@@ -388,12 +389,12 @@ class _Tracer:
         label = int(self._uniform(labels, range(labels.ndim)).item())
         if label <= 0:
             return None
-        if not self.exact_lrn:
+        module = operation.module if isinstance(operation.module, nn.LocalResponseNorm) else None
+        if self.lrn == "estimate" or (self.lrn is None and (module is None or "alpha" not in module.state_dict())):
             output = self.scales.new()
             self.scales.measured[output] = label
             return [_full(output, self._shape(operation))]
-        module = operation.module
-        if not isinstance(module, nn.LocalResponseNorm):
+        if module is None:
             return None
         first = self.lrns.setdefault(id(module), label)
         if first == label:

@@ -14,6 +14,7 @@ from experiments.engine import run
 from experiments.networks import load_weights
 
 LOOKS_AT_IMAGES = ("initialize", "lsuv", "pretrained")  # the methods that need images
+FIXED_STD = ("gaussian", "msra")  # the methods whose standard deviations are those of the published widths
 
 
 def set_weights(model: nn.Module, init: Mapping, images: Tensor | None, seed: int) -> initializers.Report | None:
@@ -26,18 +27,24 @@ def set_weights(model: nn.Module, init: Mapping, images: Tensor | None, seed: in
         The report of the initialization; None if it looks at no images.
     """
     options = {key: value for key, value in init.items() if key not in ("name", "method", "images", "source")}
+    if init["method"] in FIXED_STD:
+        options["factors"] = model.std_factors
     method = pretrained if init["method"] == "pretrained" else getattr(initializers, init["method"])
     return method(model, *([images] if init["method"] in LOOKS_AT_IMAGES else []), seed=seed, **options)
 
 
 def pretrained(
-    model: nn.Module, images: Tensor, *, seed: int, weights: str | None, rescale: bool
+    model: nn.Module, images: Tensor, *, seed: int, weights: str | None, rescale: bool, **options
 ) -> initializers.Report | None:
-    """The weights of a file, and with `rescale` equal change rates (section 4.3); the report of the latter."""
+    """The weights of a file, and with `rescale` equal change rates (section 4.3); the report of `rescale`.
+
+    Args:
+        options: of `initializers.rescale`.
+    """
     if weights is None:
         raise ValueError("init=pretrained takes its weights from a file: pass init.weights=FILE")
     print(load_weights(model, weights, seed=seed))
-    return initializers.rescale(model, images, seed=seed) if rescale else None
+    return initializers.rescale(model, images, seed=seed, **options) if rescale else None
 
 
 def once(folder: Path, initialize: Callable[[], dict]) -> dict:

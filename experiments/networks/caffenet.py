@@ -5,7 +5,10 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-# The hand-tuned reference initialization: standard deviation of the Gaussian weights and the constant bias.
+from experiments.networks.lrn import LocalResponseNorm
+from experiments.networks.narrow import std_factors
+
+# The hand-tuned reference initialization: standard deviation of the Gaussian weights, at full width, and constant bias.
 REFERENCE_FILLERS = {
     "conv1": (0.01, 0.0),
     "conv2": (0.01, 1.0),
@@ -35,7 +38,6 @@ class CaffeNet(nn.Sequential):
         dropout: probability after fc6 and fc7.
     """
 
-    caffe_fillers = REFERENCE_FILLERS
     head = "fc8"
     heads = ("fc8",)
 
@@ -67,7 +69,7 @@ class CaffeNet(nn.Sequential):
 
         def norm(number: int) -> None:
             if lrn:
-                layers[f"norm{number}"] = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
+                layers[f"norm{number}"] = LocalResponseNorm()
 
         affine("conv1", nn.Conv2d(3, c1, 11, stride=4))
         pool(1)
@@ -88,6 +90,18 @@ class CaffeNet(nn.Sequential):
         layers["fc8"] = nn.Linear(fc, num_outputs)
         super().__init__(layers)
         self.input_size = input_size
+        self.groups = groups
+
+    @property
+    def std_factors(self) -> dict[str, float]:
+        """What fixed standard deviations are multiplied by, for each layer; see `narrow`."""
+        with torch.device("meta"):
+            return std_factors(self, CaffeNet(groups=self.groups))
+
+    @property
+    def caffe_fillers(self) -> dict[str, tuple[float, float]]:
+        """Standard deviation and bias of the reference initialization, for each layer."""
+        return {name: (self.std_factors[name] * std, bias) for name, (std, bias) in REFERENCE_FILLERS.items()}
 
 
 def _pooled_size(input_size: int) -> int:

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.networks.lrn import LocalResponseNorm
+from experiments.networks.narrow import std_factors
+
 # Outputs of 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5 and pool_proj.
 INCEPTIONS = {
     "3a": (64, 96, 128, 16, 32, 32),
@@ -57,9 +60,7 @@ class GoogLeNet(nn.Module):
         self.conv2 = nn.ModuleDict(
             {"3x3_reduce": nn.Conv2d(c1, c2, 1), "3x3": nn.Conv2d(c2, channels, 3, padding=1)},
         )
-        self.norm1, self.norm2 = (
-            nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) if lrn else nn.Identity() for _ in range(2)
-        )
+        self.norm1, self.norm2 = (LocalResponseNorm() if lrn else nn.Identity() for _ in range(2))
         side = _pooled(_pooled(_pooled((input_size + 1) // 2)))
         classifiers = {}
         for name, outputs in INCEPTIONS.items():
@@ -77,6 +78,12 @@ class GoogLeNet(nn.Module):
         self.heads = ["loss3.classifier", *(f"{name}.classifier" for name in classifiers)]
         layers = [name for name, layer in self.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
         self.caffe_fillers = {name: ("xavier", 0.0 if name in self.heads else 0.2) for name in layers}
+
+    @property
+    def std_factors(self) -> dict[str, float]:
+        """What fixed standard deviations are multiplied by, for each layer; see `narrow`."""
+        with torch.device("meta"):
+            return std_factors(self, GoogLeNet(auxiliary=self.auxiliary))
 
     def forward(self, x: Tensor, auxiliary: bool | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """With `auxiliary` the auxiliary outputs too; None: in training mode, where there are some."""

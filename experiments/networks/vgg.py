@@ -2,7 +2,10 @@
 
 from collections import OrderedDict
 
+import torch
 from torch import nn
+
+from experiments.networks.narrow import std_factors
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels of each convolution
 
@@ -46,3 +49,9 @@ class VGG16(nn.Sequential):
         layers["fc8"] = nn.Linear(fc, num_outputs)
         super().__init__(layers)
         self.input_size = input_size
+
+    @property
+    def std_factors(self) -> dict[str, float]:
+        """What fixed standard deviations are multiplied by, for each layer; see `narrow`."""
+        with torch.device("meta"):
+            return std_factors(self, VGG16())

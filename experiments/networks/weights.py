@@ -28,7 +28,7 @@ SCHEMA = {
     "Net": {"layers": (2, "V1Layer", True), "layer": (100, "Layer", True)},
 }
 PARAMETERS = ("weight", "bias")  # the blobs of an affine layer, in order
-HEAD_STD, HEAD_BIAS = 0.01, 0.1  # of a new last layer (philkr/voc-classification)
+HEAD_STD, HEAD_BIAS = 0.01, 0.1  # of a new last layer at full width (philkr/voc-classification)
 
 
 @dataclass
@@ -48,10 +48,13 @@ class Loaded:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, path: str | Path, *, seed: int = 0) -> Loaded:
-    """Set the parameters of `model` that the file holds, by name; a new last layer is N(0, .01²) with biases .1.
+    """Set the parameters of `model` that the file holds, by name.
+
+    A new last layer is N(0, .01²) with biases .1, its standard deviation multiplied as in `narrow`.
 
     Args:
-        model: its attribute `head` names the last layer, which may be of another size in the file.
+        model: its attribute `head` names the last layer, which may be of another size in the file; `std_factors`
+            has its factor.
         path: a `.caffemodel` (channels stay BGR), `.pth`, `.pt` or `.safetensors`.
         seed: of a new last layer.
 
@@ -85,7 +88,7 @@ def load_weights(model: nn.Module, path: str | Path, *, seed: int = 0) -> Loaded
     head = model.get_submodule(model.head)
     if f"{model.head}.weight" in report.missing:
         generator = torch.Generator(head.weight.device).manual_seed(seed)
-        head.weight.normal_(0, HEAD_STD, generator=generator)
+        head.weight.normal_(0, model.std_factors[model.head] * HEAD_STD, generator=generator)
         head.bias.fill_(HEAD_BIAS)
     return report
 

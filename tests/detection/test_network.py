@@ -133,7 +133,7 @@ def test_the_new_layers_and_caffes_initialization():
     assert model.fc6.bias.eq(1).all()
     model.reset_outputs(3)
     for layer, std in ((model.cls_score, 0.01), (model.bbox_pred, 0.001)):
-        assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
+        assert layer.weight.std().item() == pytest.approx(std * (4096 / 32) ** 0.5, rel=0.1)
         assert not layer.bias.any()
     other = copy.deepcopy(model)
     other.reset_outputs(4)

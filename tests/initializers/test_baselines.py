@@ -204,7 +204,7 @@ def test_the_seed_fixes_every_bit(name, images):
 
 def test_caffenet_states_its_reference_initialization():
     """BVLC/caffe, models/bvlc_reference_caffenet/train_val.prototxt."""
-    model = CaffeNet(1000, width=0.5, fc=512)
+    model = CaffeNet(1000)
     initializers.caffe(model)
     for name, std, bias in [
         ("conv1", 0.01, 0),

@@ -47,7 +47,7 @@ def within(model, images, seed):
 def test_rates_before_balancing(key, method, tolerance, voc):
     """Theirs are of one draw of the weights, which moves a layer by about 5 %; ours are the mean of three."""
     images, others = voc
-    model, draws = CaffeNet(1000), []
+    model, draws = CaffeNet(1000, dropout=0), []  # as the reference
     for seed in range(3):
         method(model, images, seed)
         draws.append(change_rate(model, others, seed=seed))
@@ -84,7 +84,7 @@ FILTERS = [
 @pytest.mark.parametrize("filters", FILTERS)
 def test_every_layer_is_normalised_and_learns_at_one_rate(filters, voc):
     images, others = voc
-    model = CaffeNet(1000)
+    model = CaffeNet(1000, dropout=0)
     initialize(model, images, filters, between=False)
     statistics = channel_statistics(model, images)
     assert list(statistics) == REFERENCE["layers"]
@@ -97,6 +97,10 @@ def test_every_layer_is_normalised_and_learns_at_one_rate(filters, voc):
     for seed in range(3):  # of the top gradients, which move the spread by some 3 %; theirs is of one draw
         model.load_state_dict(state)
         report = rescale(model, images, seed=seed)
+        assert (report.lrn, report.output_change < 1e-4) == ("exact", True)
+        assert change_rate(model, others).spread < 1.25
+        model.load_state_dict(state)
+        report = rescale(model, images, seed=seed, lrn="estimate")  # as theirs
         assert report.spread_before > 1000
         rates = change_rate(model, others)
         spreads.append(rates.spread)

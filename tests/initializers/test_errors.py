@@ -184,7 +184,7 @@ def test_models_without_one_row_an_image(call, head, model, images):
         ({"filters": "k-means"}, "unknown filters 'k-means': choose one of gaussian, pca, zca, kmeans, patches, orth"),
         ({"method": "exact", "between": False}, "unknown method 'exact': choose one of balance, paper"),
         ({"nonhomogeneous": "keep"}, "unknown nonhomogeneous 'keep': choose one of pin, scale"),
-        ({"lrn": None}, "unknown lrn None: choose one of estimate, exact"),
+        ({"lrn": "exactly"}, "unknown lrn 'exactly': choose one of estimate, exact"),
         ({"rate_images": 0}, "rate_images is 0: pass at least 1"),
     ],
 )

@@ -148,8 +148,8 @@ def test_kept_parameters_with_auxiliary_scalings(model, images):
 @pytest.mark.parametrize(
     ("lrn", "line"),
     [
-        ("estimate", "local response normalisation is left as it is, so that the output moves"),
-        ("exact", "the constant alpha of the local response normalisations is scaled: keep it with the weights"),
+        ("estimate", "local response normalisation is left as it is, so that the function of the network changes"),
+        ("exact", "the constant of local response normalisation is scaled, so that the function stays"),
     ],
 )
 def test_local_response_normalisation(lrn, line, images):
@@ -160,6 +160,7 @@ def test_local_response_normalisation(lrn, line, images):
     assert report.lrn == lrn
     assert line in str(report).splitlines()
     assert (model[2].alpha == 0.5) == (lrn == "estimate")
+    assert report.unsaved == ([] if lrn == "estimate" else ["2.alpha"])
     assert (report.output_change < 1e-5) == (lrn == "exact")
     without = initialize(nn.Sequential(*parts[:2], *parts[3:], model[5]), images, lrn=lrn)
     assert without.lrn is None
@@ -183,12 +184,15 @@ def test_the_lines_after_the_table():
         "1: one thing; another",
     ]
     report.powers_of_two, report.lrn, report.kept = True, "exact", ["table", "rnn.weight"]
+    report.unsaved, report.inactive_dropout = ["a.eps", "b.eps", "c.eps", "d.eps"], ["attention"]
     assert str(report).splitlines()[6:] == [
         "scales rounded to powers of two, as the network amplifies rounding: deep ones may, in another pass, "
         "have other statistics than those that were set",
-        "the constant alpha of the local response normalisations is scaled: keep it with the weights",
+        "the constant of local response normalisation is scaled, so that the function stays",
+        "constants were scaled that the state dict does not hold, keep the module: a.eps, b.eps, c.eps and 1 more",
         "1: one thing; another",
         "not initialized: table, rnn.weight",
+        "inactive here, though random in training: attention; dropout modules are active",
     ]
 
 

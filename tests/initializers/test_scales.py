@@ -391,10 +391,10 @@ NETWORKS = {
         {"part": lambda: nn.MultiheadAttention(4, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True)}),
     "transformer": (
         lambda m, x: m.part(tokens(x)), 4,
-        {"part": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, norm_first=True)}),
+        {"part": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0, batch_first=True, norm_first=True)}),
     "transformer, GELU": (
         lambda m, x: m.part(tokens(x)), 3,
-        {"part": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu")}),
+        {"part": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0, batch_first=True, activation="gelu")}),
     "scaled_dot_product_attention": (attended, 2),
     "softmax weights": (lambda m, x: F.softmax(m.a(x), -1) @ m.b(x), 2),
     "softmax weights, from the right": (lambda m, x: torch.matmul(m.b(x), F.softmax(m.a(x), -1)), 2),
