@@ -141,7 +141,8 @@ def workers_of(cfg: DictConfig) -> int:
 def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
     """Initialize `model` with its auxiliary classifiers, in proportion to their losses, and print what came of it.
 
-    With `zero_classifiers` the classifiers become 0 after an initialization of our own (section 4.5).
+    With `zero_classifiers` the classifiers become 0, except after the reference's initialization (section 4.5) and
+    where trained weights were loaded.
 
     Returns:
         `report` of the initialization (None if it looks at no images) and its `seconds`.
@@ -155,9 +156,12 @@ def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
     began = time.perf_counter()
     # Not with weights from a file, which know the network by its own names.
     together = len(model.heads) > 1 and chosen is not None and cfg.init.method != "pretrained"
-    report = set_weights(Classifiers(model) if together else model, cfg.init, chosen, cfg.seed)
+    zero = cfg.zero_classifiers and cfg.init.method not in ("caffe", "pretrained")
+    # The scale of the outputs is gone with the classifiers.
+    init = {**cfg.init, "outputs": "free"} if zero and cfg.init.method == "initialize" else cfg.init
+    report = set_weights(Classifiers(model) if together else model, init, chosen, cfg.seed)
     seconds = time.perf_counter() - began
-    if cfg.zero_classifiers and cfg.init.method == "initialize":
+    if zero:
         for name in model.heads:
             for parameter in model.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)

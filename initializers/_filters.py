@@ -30,7 +30,7 @@ MIN_EIGENVALUE = 1e-6  # relative to the largest; below, a direction of the patc
 @torch.no_grad()
 def draw_filters(
     kind: str, call: Call, inputs: list[Tensor], generator: torch.Generator, centre: bool = False
-) -> tuple[Tensor, str]:
+) -> tuple[Tensor, str, str]:
     """New weights for the layer of `call`, whose input is `inputs`, one tensor per batch.
 
     - ``gaussian``: N(0, 0.01²).
@@ -55,38 +55,38 @@ def draw_filters(
             maps of one position, keep it.
 
     Returns:
-        The weights (groups, outputs, inputs, kernel), and a note: empty, or why another kind was used. Transposed
-        convolutions, which see no patches, and layers with fewer samples than outputs become Gaussian.
+        The weights (groups, outputs, inputs, kernel), the kind that was used, and a note: empty, or why it is another.
+        Transposed convolutions, which see no patches, and layers with fewer samples than outputs become Gaussian.
     """
     layer = call.layer
     if layer.transposed or not centre:
         return _draw(kind, call, inputs, generator, None)
     direction = _mean_direction(call, inputs, generator)
-    blocks, note = _draw(kind, call, inputs, generator, direction)
+    blocks, kind, note = _draw(kind, call, inputs, generator, direction)
     filters = blocks.transpose(2, 3).flatten(2).float()
     left = int((direction == 0).all(1).sum())
     if left:
         reason = f"{left} of {layer.groups} groups keep their mean, as their input hardly varies but along it"
         note = f"{note}; {reason}" if note else reason
-    return _as_blocks(layer, filters - (filters @ direction) @ direction.mT), note
+    return _as_blocks(layer, filters - (filters @ direction) @ direction.mT), kind, note
 
 
 def _draw(
     kind: str, call: Call, inputs: list[Tensor], generator: torch.Generator, direction: Tensor | None
-) -> tuple[Tensor, str]:
+) -> tuple[Tensor, str, str]:
     layer = call.layer
     groups, outputs, width, kernel = layer.blocks.shape
     if kind == "gaussian":
-        return _gaussian(layer, generator), ""
+        return _gaussian(layer, generator), kind, ""
     if kind == "orthonormal":
-        return orthonormal(layer, generator), ""
+        return orthonormal(layer, generator), kind, ""
     if layer.transposed:
-        return _gaussian(layer, generator), "Gaussian filters, as a transposed convolution sees no patches"
+        return _gaussian(layer, generator), "gaussian", "Gaussian filters, as a transposed convolution sees no patches"
 
     patches = draw_patches(call, inputs, MAX_PATCH_VALUES // (groups * width * kernel), generator)
     if patches.shape[1] < outputs:
         note = f"Gaussian filters, as there are {patches.shape[1]} samples for {outputs} outputs"
-        return _gaussian(layer, generator), note
+        return _gaussian(layer, generator), "gaussian", note
     still = _same(patches[:, :FEW_PATCHES])  # groups of few channels may be dead
     if still.any():
         still = _same(patches)
@@ -94,9 +94,9 @@ def _draw(
         raise InitializationError("the layer's input has no variance: pass more, or more varied, images")
     blocks = _as_blocks(layer, _from_patches(kind, patches, outputs, generator, direction))
     if not still.any():
-        return blocks, ""
+        return blocks, kind, ""
     note = f"Gaussian filters in {int(still.sum())} of {groups} groups, whose input does not vary"
-    return torch.where(still.view(-1, 1, 1, 1), _gaussian(layer, generator), blocks), note
+    return torch.where(still.view(-1, 1, 1, 1), _gaussian(layer, generator), blocks), kind, note
 
 
 def _mean_direction(call: Call, inputs: list[Tensor], generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from initializers._trace import trace_scales
 METHODS = ("balance", "paper")
 NONHOMOGENEOUS = ("pin", "scale")
 LRN = ("estimate", "exact")
+OUTPUTS = ("keep", "free")
 BATCH = 16  # images that go from one affine layer to the next at a time
 RATE_DRAWS = 4  # top gradients for each of them, where the step is exact and need not be repeated
 PAPER_STEPS = 10  # "roughly 10 iterations", Algorithm 2
@@ -49,10 +51,12 @@ def initialize(
     seed: int = 0,
     *,
     bias: float = 0.1,
+    factors: Mapping[str, float] | None = None,
     method: str = "balance",
     alpha: float = 0.25,
     nonhomogeneous: str = "pin",
     lrn: str | None = None,
+    outputs: str = "keep",
     rate_images: int = 16,
 ) -> Report:
     """Initialize every affine layer of `model` from `images` (section 3).
@@ -76,6 +80,8 @@ def initialize(
         between: equalise the change rates of all layers (Algorithm 2).
         seed: of all that is random.
         bias: the mean of every output channel, beta of Algorithm 1. The authors' code uses 0.1.
+        factors: what the standard deviation of Gaussian filters, .01, is multiplied by, by the name of the layer, as
+            in `gaussian`; `within` makes it irrelevant.
         method: "balance" solves Algorithm 2 exactly in one step, and repeats it while LRN makes it inexact; "paper"
             takes ten steps damped by `alpha`.
         alpha: damping of the "paper" method.
@@ -88,6 +94,9 @@ def initialize(
             that the function stays; "estimate" leaves it, as the authors' code does, measures the scale that comes
             out and lets the next layer undo it, which changes the function. None is "exact" for modules whose
             state dict holds alpha, and "estimate" for others, `nn.LocalResponseNorm` among them.
+        outputs: "keep" keeps the function of the model. "free" lets the between-layer step multiply each output by a
+            constant, for outputs whose scale does not matter, such as those of classifiers that become 0 before the
+            training: with several outputs the rates can be more equal then.
         rate_images: the between-layer step measures the rates on so many of the images, evenly spread; 16 as in the
             authors' code. More make the rates of other images more equal, at a cost that grows with their number.
 
@@ -102,6 +111,7 @@ def initialize(
         raise InitializationError(f"unknown filters {filters!r}: choose one of {', '.join(KINDS)} or None")
     _check_choice("method", method, METHODS)
     _check_choice("nonhomogeneous", nonhomogeneous, NONHOMOGENEOUS)
+    _check_choice("outputs", outputs, OUTPUTS)
     if lrn is not None:
         _check_choice("lrn", lrn, LRN)
     if rate_images < 1:
@@ -120,11 +130,11 @@ def initialize(
             ) from problem
         report = Report([], images=len(inputs[0]))
         if filters is not None or within:
-            _sweep(layers, inputs, graph, filters, within, bias, seed, report)
+            _sweep(layers, inputs, graph, filters, within, bias, factors or {}, seed, report)
         if between and nonhomogeneous == "scale":
             layers = _scale(layers, inputs, rate_images, seed, report)
         elif between:
-            _equalise(layers, inputs, rate_images, trace_scales(graph, lrn), method, alpha, seed, report)
+            _equalise(layers, inputs, rate_images, trace_scales(graph, lrn, outputs), method, alpha, seed, report)
         _describe(layers, graph, report)
         report.unsaved = [name for name, value in constants(model).items() if value != before[name]]
     report.seconds = time.perf_counter() - start
@@ -140,13 +150,14 @@ def rescale(
     alpha: float = 0.25,
     nonhomogeneous: str = "pin",
     lrn: str | None = None,
+    outputs: str = "keep",
     rate_images: int = 16,
 ) -> Report:
     """The between-layer step alone, for pre-trained weights: the rates become equal, the function stays (section 4.3).
 
     Arguments, report and errors are those of `initialize`.
     """
-    options = {"method": method, "alpha": alpha, "nonhomogeneous": nonhomogeneous, "lrn": lrn}
+    options = {"method": method, "alpha": alpha, "nonhomogeneous": nonhomogeneous, "lrn": lrn, "outputs": outputs}
     return initialize(model, images, None, within=False, seed=seed, rate_images=rate_images, **options)
 
 
@@ -194,6 +205,7 @@ def _sweep(
     filters: str | None,
     within: bool,
     bias: float,
+    factors: Mapping[str, float],
     seed: int,
     report: Report,
 ) -> None:
@@ -215,11 +227,12 @@ def _sweep(
         kind = "gaussian" if after_convolution and layer.linear and filters in DATA_DRIVEN else filters
         try:
             centre = within and layer.bias is None and not layer.computed_bias
-            weights, note = draw_filters(kind, call, inputs, generator, centre)
+            weights, row.filters, note = draw_filters(kind, call, inputs, generator, centre)
         except InitializationError as error:
             raise InitializationError(f"layer {layer.name}: {error}") from error
-        row.filters = "gaussian" if note.startswith("Gaussian filters, ") else kind
         row.add_note(note)
+        if row.filters == "gaussian" and not within:
+            weights.mul_(factors.get(layer.name, 1.0))
         layer.set_weight(weights)
 
     def after(call: Call, outputs: list[Tensor]) -> None:
@@ -286,27 +299,28 @@ def _some(inputs: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def _outputs(layers: Layers, inputs: tuple[Tensor, ...]) -> Tensor:
-    """All outputs of the model in evaluation mode, one row per image."""
+def _outputs(layers: Layers, inputs: tuple[Tensor, ...], factors: Sequence[float] = ()) -> Tensor:
+    """All outputs of the model in evaluation mode, one row per image; each divided by its factor, if there are any."""
     torch.manual_seed(0)  # for models that draw random numbers even in evaluation mode
     batches = zip(*(x.split(BATCH) for x in inputs), strict=True)
     rows = []
     with without_dropout(layers.model):
         for batch in batches:
             outputs = outputs_of(layers.model, tuple(x.clone() for x in batch))  # which a model may change in place
-            rows.append(torch.cat([output.flatten(1) for output in outputs], 1))
+            factors = factors or [1.0] * len(outputs)
+            rows.append(torch.cat([x.flatten(1) / factor for x, factor in zip(outputs, factors, strict=True)], 1))
     return torch.cat(rows)
 
 
 def _measured(
-    layers: Layers, inputs: tuple[Tensor, ...], seed: int, before=None, draws: int = RATE_DRAWS
+    layers: Layers, inputs: tuple[Tensor, ...], seed: int, before=None, draws: int = RATE_DRAWS, apart: bool = False
 ) -> Measurement:
     """Change rates that can be equalised.
 
     Raises:
         InitializationError: they overflow, or a layer does not learn at all.
     """
-    measurement = measure(layers, inputs, seed, before=before, draws=draws)
+    measurement = measure(layers, inputs, seed, before=before, draws=draws, apart=apart)
     mean = measurement.rates.mean
     if not torch.isfinite(measurement.outputs).all() or math.inf in mean.values():
         raise InitializationError("the output or its gradient overflows: normalise the images, or use within=True")
@@ -354,14 +368,18 @@ def _equalise(
             factors[name] *= factor
 
     def measured() -> Measurement:
-        return _measured(layers, inputs, seed, follow, RATE_DRAWS if exact else 1)
+        return _measured(layers, inputs, seed, follow, RATE_DRAWS if exact else 1, apart=bool(scales.outputs))
+
+    def change() -> float:
+        report.output_scales = total[scales.outputs].exp().tolist()
+        return _change(first_outputs, _outputs(layers, checked, report.output_scales))
 
     u = torch.zeros(1 + scales.variables)
     exact = not scales.measured
     first = last = measured()
     factors = dict.fromkeys(first.layers, 1.0)
-    first_outputs, restore = _outputs(layers, checked), snapshot(layers.model)
-    total = 0
+    first_outputs, restore = _outputs(layers, checked), snapshot(layers.model) if exact else None
+    total = torch.zeros(1 + scales.variables, dtype=torch.float64)
     for _ in range(MAX_ROUNDS if method == "balance" else PAPER_STEPS):
         u = scales.equalising(last) * (1 if method == "balance" else alpha)
         apply(u)
@@ -373,18 +391,19 @@ def _equalise(
         if method == "balance" and (last.rates.spread < SETTLED or last.rates.spread > 0.99 * before):
             break
     if exact:
-        report.output_change = _change(first_outputs, _outputs(layers, checked))
+        report.output_change = change()
         if not report.output_change < _tolerance(inputs):
             # The network amplifies the rounding of its weights: powers of two leave every bit of a product as it is.
             restore()
             report.powers_of_two = True
             factors = dict.fromkeys(first.layers, 1.0)
-            apply(scales.powers_of_two(first, total))
-            report.output_change = _change(first_outputs, _outputs(layers, checked))
+            total = scales.powers_of_two(first, total)
+            apply(total)
+            report.output_change = change()
         _check_exact(report, inputs)
         last = measured()
     else:
-        report.output_change = _change(first_outputs, _outputs(layers, checked))
+        report.output_change = change()
     report.lrn = "estimate" if scales.measured else "exact" if scales.lrns else None
     _report_rates(report, first, last, factors)
 

@@ -88,7 +88,8 @@ class Measurement:
     Attributes:
         layers: by name, in order of execution.
         squares: per layer, the squared gradient of each input channel's weights: mean over outputs and kernel,
-            expectation over images; float64 (groups, inputs).
+            expectation over images; float64 (tops, groups, inputs), for the top gradient of each output of the model
+            apart, or (1, groups, inputs) for all together.
         weights: per layer, the mean square of each input channel's weights when measured; float64 (groups, inputs).
         outputs: of the model, all that depend on its weights, in one row per image: (N, values).
     """
@@ -108,7 +109,7 @@ class Measurement:
                 raise InitializationError(
                     f"layer {name}: its weights are all zero, so it has no change rate; initialize it"
                 )
-            columns[name] = (squares.mean(0) / weight).sqrt()
+            columns[name] = (squares.sum(0).mean(0) / weight).sqrt()
         return Rates(columns)
 
 
@@ -119,6 +120,7 @@ def measure(
     eta: Tensor | None = None,
     before: Callable[[Call, Tensor], None] | None = None,
     draws: int = 1,
+    apart: bool = False,
 ) -> Measurement:
     """Measure on prepared inputs.
 
@@ -127,6 +129,7 @@ def measure(
         before: called without gradients on the first use of each layer and its input in the first batch; may change
             the layer.
         draws: top gradients drawn for each image; several make up for few images.
+        apart: measure the top gradient of each output of the model by itself.
     """
     generator = torch.Generator(inputs[0].device).manual_seed(seed)
     count, first = len(inputs[0]), 0
@@ -156,32 +159,48 @@ def measure(
             top = forward(layers, tuple(x[part] for x in inputs), record)
             if not calls:
                 raise InitializationError(NO_LAYER)
-            top = [output for output in top if output.requires_grad]  # others depend on no weights
         used |= {call.layer.name: call.layer for call, *_ in calls}
-        for left in reversed(range(draws)):
-            noise = [eta[part].to(top[0])] if eta is not None else [_like(output, generator) for output in top]
-            outputs = [output for *_, output in calls]
-            try:
-                gradients = torch.autograd.grad(top, outputs, noise, allow_unused=True, retain_graph=left > 0)
-            except RuntimeError as error:
-                raise InitializationError(
-                    f"change rates need the gradient of the model's output, which fails: {error}"
-                ) from error
-            uses: dict[str, list[tuple[Call, Tensor, Tensor]]] = {}
-            for (call, x, _), gradient in zip(calls, gradients, strict=True):
-                if gradient is not None:
-                    uses.setdefault(call.layer.name, []).append((call, x, gradient))
-            for name, layer in used.items():
-                if name not in uses:
-                    raise InitializationError(f"layer {name}: the output of the model does not depend on it")
-                square = _column_squares(layer, uses[name], images) / (count * draws)
-                squares[name] = squares[name] + square if name in squares else square
-        tops.append(torch.cat([output.detach().flatten(1) for output in top], 1))
+        together = [[output] for output in top] if apart else [top]
+        together = [[output for output in group if output.requires_grad] for group in together]  # of weights
+        for draw in range(draws):
+            for number, group in enumerate(together):
+                noise = [eta[part].to(top[0])] if eta is not None else [_like(output, generator) for output in group]
+                last = (draw, number) == (draws - 1, len(together) - 1)
+                for name, uses in _gradients(group, noise, calls, keep=not last).items():
+                    found = _column_squares(used[name], uses, images) / (count * draws)
+                    squares.setdefault(name, found.new_zeros(len(together), *found.shape))[number] += found
+        for name in used.keys() - squares.keys():
+            raise InitializationError(f"layer {name}: the output of the model does not depend on it")
+        tops.append(torch.cat([output.detach().flatten(1) for output in top if output.requires_grad], 1))
         first += images
     for name, layer in used.items():
         if layer.factor is not None:  # what is stored is what learns
             squares[name] *= layer.factor.item() ** 2
     return Measurement(used, squares, {name: _mean_squares(layer) for name, layer in used.items()}, torch.cat(tops))
+
+
+def _gradients(
+    top: list[Tensor], noise: list[Tensor], calls: list[tuple[Call, Tensor, Tensor]], keep: bool
+) -> dict[str, list[tuple[Call, Tensor, Tensor]]]:
+    """By layer, its calls with their inputs and the gradients of their outputs, of those that the outputs depend on.
+
+    Args:
+        top, noise: outputs of the model and their gradients.
+        keep: the graph, for another backward pass.
+    """
+    if not top:
+        return {}
+    outputs = [output for *_, output in calls]
+    try:
+        gradients = torch.autograd.grad(top, outputs, noise, allow_unused=True, retain_graph=keep)
+    except RuntimeError as error:
+        message = f"change rates need the gradient of the model's output, which fails: {error}"
+        raise InitializationError(message) from error
+    uses: dict[str, list[tuple[Call, Tensor, Tensor]]] = {}
+    for (call, x, _), gradient in zip(calls, gradients, strict=True):
+        if gradient is not None:
+            uses.setdefault(call.layer.name, []).append((call, x, gradient))
+    return uses
 
 
 @torch.no_grad()

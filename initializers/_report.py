@@ -57,6 +57,8 @@ class Report:
         powers_of_two: whether the scales were rounded to powers of two, because the network amplifies the rounding of
             its weights so much that its output would have changed otherwise; the rates are then less equal.
         output_change: relative change of the model's output by the between-layer step, in norm.
+        output_scales: what each output of the model was multiplied by, where they were free (`outputs="free"`); the
+            change of the output is that beside it.
         seconds: time for everything.
     """
 
@@ -70,6 +72,7 @@ class Report:
     unsaved: list[str] = field(default_factory=list)
     powers_of_two: bool = False
     output_change: float | None = None
+    output_scales: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -100,6 +103,8 @@ class Report:
                 f"spread of change rates {self.spread_before:.4g} -> {self.spread_after:.4g} in {rounds}; "
                 f"relative change of the output {self.output_change:.1e}"
             )
+        if self.output_scales:
+            lines.append(f"outputs multiplied by {', '.join(f'{scale:.3g}' for scale in self.output_scales)}")
         if self.powers_of_two:
             lines.append(
                 "scales rounded to powers of two, as the network amplifies rounding: deep ones may, in another pass, "

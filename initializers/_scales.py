@@ -58,6 +58,8 @@ class Scales:
         lrns: local response normalisations and the label of their input; their constants take up the scale.
         measured: labels of what comes out of local response normalisations that are left as they are, with those of
             what comes in. They scale only nearly, so that the scale that comes out has to be measured.
+        outputs: labels of the outputs of the model, where these are free; their factor scales the gradients that they
+            hand down.
         degrees: their local degree of homogeneity by the label that comes out, once measured; 1 until then.
         variables: number of free variables.
         constraints: rows of coefficients whose sums are 0.
@@ -69,6 +71,7 @@ class Scales:
     gains: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     lrns: list[tuple[nn.Module, int]] = field(default_factory=list)
     measured: dict[int, int] = field(default_factory=dict)
+    outputs: list[int] = field(default_factory=list)
     degrees: dict[int, float] = field(default_factory=dict)
     variables: int = 0
     constraints: set[tuple[tuple[int, int], ...]] = field(default_factory=set)
@@ -186,13 +189,16 @@ class Scales:
     def _log_rates(self, measurement: Measurement, u: Tensor) -> tuple[Tensor, Tensor]:
         """Logs of the average change rates at the scales u, and their derivatives by u; both float64.
 
-        Multiplying the weights of an input channel by r divides their gradient by r, as the function stays.
+        Multiplying the weights of an input channel by r divides their gradient by r, as the function stays; multiplying
+        a free output by s multiplies what its top gradient contributes by s.
         """
         logs, slopes = u.new_zeros(len(self.uses)), u.new_zeros(len(self.uses), len(u))
+        outputs = torch.tensor(self.outputs or [PINNED])
         for row, use in enumerate(self.uses):
-            squares, weights = measurement.squares[use.layer.name], measurement.weights[use.layer.name]
+            apart, weights = measurement.squares[use.layer.name], measurement.weights[use.layer.name]
             change = 2 * (u[use.output] - u[use.incoming])
-            squares, weights = squares * (-change).exp(), weights * change.exp()
+            apart = apart * (2 * u[outputs]).exp().view(-1, 1, 1) * (-change).exp()
+            squares, weights = apart.sum(0), weights * change.exp()
             columns = squares.mean(0).sqrt()
             logs[row] = columns.mean().log() - weights.mean().log() / 2
             # Shares of the layer's rate and of its weights.
@@ -200,6 +206,8 @@ class Scales:
             shares = columns / columns.sum() * of_group + weights / weights.sum()
             slopes[row].index_add_(0, use.incoming.flatten(), shares.flatten())
             slopes[row, use.output] -= 2
+            of_output = apart.sum(1) / squares.sum(0).clamp_min(torch.finfo(squares.dtype).tiny)
+            slopes[row].index_add_(0, outputs, of_output @ (columns / columns.sum()))
         return logs, slopes
 
     @torch.no_grad()

@@ -46,14 +46,15 @@ _OPERATORS = {
 } | {"__truediv__": "div", "__itruediv__": "div", "__neg__": "neg"}
 
 
-def trace_scales(graph: Graph, lrn: str | None) -> Scales:
+def trace_scales(graph: Graph, lrn: str | None, outputs: str = "keep") -> Scales:
     """The scales of a graph.
 
     Args:
+        outputs: "keep" pins the outputs of the model, "free" gives each of them a scale.
         lrn: "estimate" leaves local response normalisations as they are, "exact" scales their constants, None those
             that the state dict holds.
     """
-    return _Tracer(graph, lrn).trace()
+    return _Tracer(graph, lrn).trace(outputs)
 
 
 class _Tracer:
@@ -89,24 +90,28 @@ class _Tracer:
             "__setitem__": self._set,
         }
 
-    def trace(self) -> Scales:
+    def trace(self, outputs: str) -> Scales:
         for operation in self.graph.operations:
             name = _canonical(operation.name)
             self._note_others(operation, name)
             if operation.call is None and not any(map(self._is_followed, operation.inputs)):
                 continue
             try:
-                outputs = self._apply(operation, name)
+                found = self._apply(operation, name)
             except (RuntimeError, TypeError, IndexError, ValueError) as error:
                 message = f"the between-layer step cannot follow {operation.name} ({error}); pass between=False"
                 raise InitializationError(message) from error
-            for index, labels in zip(operation.outputs, outputs, strict=True):
+            for index, labels in zip(operation.outputs, found, strict=True):
                 if index in operation.inputs and labels.shape == self._of(Ref(index)).shape:  # in place
                     self._overwrite(index, labels)
                 else:
                     self.labels[index] = _compact(labels)
         for index in self.graph.outputs:
-            self._pin(self._of(Ref(index)))
+            labels = self._of(Ref(index))
+            if outputs == "keep":
+                self._pin(labels)
+            else:
+                self.scales.outputs.append(max(PINNED, int(self._uniform(labels, range(labels.ndim)).item())))
         self._respect_other_uses()
         return self.scales
 

@@ -14,7 +14,7 @@ from experiments.engine import run
 from experiments.networks import load_weights
 
 LOOKS_AT_IMAGES = ("initialize", "lsuv", "pretrained")  # the methods that need images
-FIXED_STD = ("gaussian", "msra")  # the methods whose standard deviations are those of the published widths
+FIXED_STD = ("gaussian", "msra", "initialize")  # the methods with a standard deviation for the published widths
 
 
 def set_weights(model: nn.Module, init: Mapping, images: Tensor | None, seed: int) -> initializers.Report | None:
@@ -28,7 +28,7 @@ def set_weights(model: nn.Module, init: Mapping, images: Tensor | None, seed: in
     """
     options = {key: value for key, value in init.items() if key not in ("name", "method", "images", "source")}
     if init["method"] in FIXED_STD:
-        options["factors"] = model.std_factors
+        options["factors"] = getattr(model, "std_factors", None)  # networks from elsewhere have none
     method = pretrained if init["method"] == "pretrained" else getattr(initializers, init["method"])
     return method(model, *([images] if init["method"] in LOOKS_AT_IMAGES else []), seed=seed, **options)
 

@@ -112,14 +112,15 @@ def is_done(result: Path) -> bool:
 
 def init_key(init: Mapping) -> str:
     """What follows `init=` on the command line to get this initialization; names its row in every table."""
+    estimate = " init.lrn=estimate" * (init.get("lrn") == "estimate")
     if init["name"] == "pretrained":
         path = Path(init["weights"] or "")
         name = path.parent.name if path.stem == "weights" else path.stem  # of a run of experiments/pretrain.py: its own
-        return f"pretrained {name}" + " init.rescale=true" * init["rescale"]
+        return f"pretrained {name}" + f" init.rescale=true{estimate}" * init["rescale"]
     off = [f" init.{step}=false" for step in ("within", "between") if not init.get(step, True)]
     if init["name"] == "gaussian" and len(off) == 2:
         return "gaussian_unscaled"  # the same: N(0, .01²) and no biases
-    return init["name"] + "".join(off)
+    return init["name"] + "".join(off) + estimate * (" init.between=false" not in off)
 
 
 @contextmanager

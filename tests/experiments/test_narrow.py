@@ -19,6 +19,7 @@ INITS = {
     "gaussian_unscaled": {"method": "gaussian", "std": 0.01},
     "msra": {"method": "msra"},
 }
+FILTERS_ALONE = {"method": "initialize", "filters": "gaussian", "within": False, "between": False}
 
 
 @pytest.mark.parametrize("network", [CaffeNet, VGG16, GoogLeNet])
@@ -86,3 +87,15 @@ def test_other_networks(init, network):
     head = model.get_submodule(model.head).weight
     expected = {"caffe": (1 / head.shape[1]) ** 0.5}.get(init, 0.01 * model.std_factors[model.head])
     assert head.std().item() == pytest.approx(expected, rel=0.05)
+
+
+def test_gaussian_filters_that_nothing_scales_are_those_of_the_baseline():
+    images = torch.randn(20, 3, 115, 115)
+    alone, baseline = CaffeNet(20, **MINI), CaffeNet(20, **MINI)
+    set_weights(alone, FILTERS_ALONE, images, seed=0)
+    set_weights(baseline, INITS["gaussian_unscaled"], None, seed=0)
+    for name, parameter in baseline.named_parameters():
+        torch.testing.assert_close(alone.get_parameter(name), parameter)
+    set_weights(alone, FILTERS_ALONE | {"filters": "kmeans"}, images, seed=0)
+    for name in ("fc6", "fc7", "fc8"):
+        assert alone.get_parameter(f"{name}.weight").std().item() == pytest.approx(0.01 * 8**0.5, rel=0.03)

@@ -120,7 +120,8 @@ def test_a_run_leaves_weights_that_start_another(run, finish, demo, tmp_path):
     assert 0 < record["metrics"]["accuracy"] < 1
     tensors = load_file(path)
     layers = [*(f"conv{number}" for number in range(1, 6)), "fc6", "fc7"]
-    assert {*tensors} == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    names = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert {*tensors} == names | {"norm1.alpha", "norm2.alpha"}
 
     again = finish(command)
     assert "this run is done" in again.stdout

@@ -111,7 +111,8 @@ def test_initializations_and_last_layers(run, settings, tmp_path):
         done = run("voc_det.py", *overrides, *(settings if init == "gaussian" else settings[:2]))
         state = torch.load(record_of(done).parent / "checkpoint.pt")["model"]
         found = state["cls_score.weight"].std().item()
-        assert (found == pytest.approx(std, rel=0.1)) if std else found > 0.011
+        fixed = pytest.approx((std or 0.01) * (4096 / 128) ** 0.5, rel=0.1)
+        assert (found == fixed) == (std is not None)
         assert state["target_std"][1:].min() > 0.01
     assert "new_layers=zero: choose fast_rcnn or initialized" in error_of(
         run("voc_det.py", *settings, "new_layers=zero")

@@ -79,7 +79,8 @@ def weight_of(layer, blocks):
 
 def filters_for(kind, layer, x, seed=0, **options):
     """As a weight, and the note."""
-    blocks, note = draw_filters(kind, *seen(layer, x), generator(seed), **options)
+    blocks, used, note = draw_filters(kind, *seen(layer, x), generator(seed), **options)
+    assert used == ("gaussian" if note.startswith("Gaussian filters, ") else kind)
     assert blocks.dtype == torch.float32
     return weight_of(layer, blocks), note
 
@@ -322,7 +323,7 @@ def test_groups_whose_input_is_dead(kind):
 def test_transposed_convolutions_see_no_patches(kind, name):
     layer = TRANSPOSED[name]()
     x = torch.randn(9, layer.in_channels, *[5] * len(layer.kernel_size))
-    blocks, note = draw_filters(kind, *seen(layer, x), generator(), centre=layer.bias is None)
+    blocks, _, note = draw_filters(kind, *seen(layer, x), generator(), centre=layer.bias is None)
     groups = layer.groups
     assert blocks.shape == (
         groups,
@@ -434,7 +435,7 @@ def test_patches_that_are_the_mean_make_no_filters(kind):
     some = torch.randint(-8, 9, (10, 4), generator=generator()).float()
     x = torch.cat([some, -some, torch.zeros(400, 4)])  # of which the mean is 0 exactly
     layer = nn.Linear(4, 6)
-    blocks, note = draw_filters(kind, Call(Layer("layer", layer.weight, layer.bias)), [x], generator())
+    blocks, _, note = draw_filters(kind, Call(Layer("layer", layer.weight, layer.bias)), [x], generator())
     assert note == ""
     std = (x @ blocks[0, :, :, 0].T).std(0)
     assert (std > 0.1 * std.max()).all()
@@ -468,7 +469,7 @@ def test_few_patches_whiten_others_like_them_too(kind):
     """Hardly more samples than outputs: the least of their variances are far below those of the distribution."""
     layer = nn.Linear(48, 32)
     x, others = torch.randn(2, 400, 48, generator=generator())
-    blocks, note = draw_filters(kind, *seen(layer, x[:33]), generator())
+    blocks, _, note = draw_filters(kind, *seen(layer, x[:33]), generator())
     assert not note
     filters = blocks.flatten(2)[0]
     known, unknown = ((y @ filters.T).std(0) for y in (x[:33], others))
