@@ -30,13 +30,15 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 import initializers
-from initializers._filters import KINDS
-from initializers._plot import plot_rates
+from initializers._filters import Filters
+from initializers._initialize import Nonhomogeneous
+from initializers._propagate import Lrn
 
 USAGE = "python -m initializers FACTORY --images WHERE --out FILE [options]"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
@@ -93,10 +95,11 @@ def make_parser() -> Parser:
     add("--std", **rgb, default=IMAGENET_STD, help="what they are divided by then (default: ImageNet's)")
     add("--load", metavar="FILE", type=Path, help="weights to start from: .safetensors, .pt or .pth")
     steps = parser.add_mutually_exclusive_group()
-    steps.add_argument("--filters", choices=[*KINDS, "none"], help="none keeps the weights (default: kmeans)")
+    kinds = [*get_args(Filters), "none"]
+    steps.add_argument("--filters", choices=kinds, help="none keeps the weights (default: kmeans)")
     steps.add_argument("--rescale", action="store_true", help="only make the layers learn at one rate")
-    add("--nonhomogeneous", choices=["pin", "scale"], help="as in initializers.initialize")
-    add("--lrn", choices=["estimate", "exact"], help="as in initializers.initialize")
+    add("--nonhomogeneous", choices=get_args(Nonhomogeneous), help="as in initializers.initialize")
+    add("--lrn", choices=get_args(Lrn), help="as in initializers.initialize")
     add("--out", metavar="FILE", type=Path, required=True, help="weights to write: .safetensors, .pt or .pth")
     add("--report", metavar="FILE", type=Path, help="report and settings to write: .json")
     add("--plot", metavar="FILE", type=Path, help="picture of the change rates to write: .png, .pdf or .svg")
@@ -256,8 +259,8 @@ def plot_file(rates: list[initializers.Rates], path: Path) -> bytes:
     import matplotlib
 
     matplotlib.use("Agg")  # needs no display
-    axes = plot_rates(rates[0], label="before")
-    plot_rates(rates[1], axes, label="after")
+    axes = rates[0].plot(label="before")
+    rates[1].plot(axes, label="after")
     axes[0].figure.savefig(file := io.BytesIO(), format=path.suffix[1:], dpi=150)
     return file.getvalue()
 

@@ -2,16 +2,16 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from initializers._filters import orthonormal
-from initializers._initialize import inactive_dropout, recorded, sweep
 from initializers._layers import MODULES, NO_LAYER, Call, Layer, Layers, affine_modules
 from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped
 from initializers._report import LayerReport, Report
+from initializers._sweep import inactive_dropout, recorded, sweep
 
 
 def gaussian(model: nn.Module, std: float = 0.01, *, factors: Mapping[str, float] | None = None, seed: int = 0) -> None:
@@ -123,40 +123,35 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
     """
     start = time.perf_counter()
     model = unwrapped(model)
-    rows: list[LayerReport] = []
-    started = 0.0
-
-    def before(call: Call, _: list[Tensor]) -> None:
-        nonlocal started
-        started = time.perf_counter()
-        layer = call.layer
-        rows.append(LayerReport(layer.name, tuple(layer.weight.shape), "orthonormal"))
-        layer.set_weight(orthonormal(layer, generator))
-
-    def after(call: Call, outputs: list[Tensor]) -> None:
-        row, layer = rows[-1], call.layer
-        mean, variance = _moments(outputs)
-        row.mean_before, row.std_before = mean, math.sqrt(variance)
-        for _ in range(max_iterations):
-            if not math.isfinite(variance) or variance == 0:
-                raise InitializationError(f"layer {layer.name}: its output has variance {variance}; pass varied images")
-            if abs(1 - variance) <= tolerance:
-                break
-            layer.weight.div_(math.sqrt(variance))
-            for output in outputs:
-                output.div_(math.sqrt(variance))
-            mean, variance = _moments(outputs)
-        row.mean_after, row.std_after = mean, math.sqrt(variance)
-        row.seconds = time.perf_counter() - started
-
-    with unchanged_on_error(model, seed), torch.no_grad():
+    with unchanged_on_error(model, seed):
         inputs, layers = as_inputs(model, images), Layers(model)
         generator = torch.Generator(inputs[0].device).manual_seed(seed)
         graph, _ = recorded(layers, inputs)
-        sweep(layers, inputs, graph, before, after)
-        if not rows:
-            raise InitializationError(NO_LAYER)
-        report = Report(rows, images=len(inputs[0]), inactive_dropout=inactive_dropout(layers, graph))
+        report = Report([], images=len(inputs[0]))
+
+        def visit(call: Call, entering: Callable[[], list[Tensor]], compute: Callable[[], list[Tensor]]) -> None:
+            started = time.perf_counter()
+            layer = call.layer
+            row = LayerReport(layer.name, tuple(layer.weight.shape), "orthonormal")
+            report.layers.append(row)
+            layer.set_weight(orthonormal(layer, generator))
+            outputs = compute()
+            mean, variance = _moments(outputs)
+            row.mean_before, row.std_before = mean, math.sqrt(variance)
+            for _ in range(max_iterations):
+                if not math.isfinite(variance) or variance == 0:
+                    message = f"layer {layer.name}: its output has variance {variance}; pass varied images"
+                    raise InitializationError(message)
+                if abs(1 - variance) <= tolerance:
+                    break
+                for values in (layer.weight, *outputs):
+                    values.div_(math.sqrt(variance))
+                mean, variance = _moments(outputs)
+            row.mean_after, row.std_after = mean, math.sqrt(variance)
+            row.seconds = time.perf_counter() - started
+
+        sweep(layers, inputs, graph, visit)
+        report.inactive_dropout = inactive_dropout(layers, graph)
     report.seconds = time.perf_counter() - start
     return report
 

@@ -6,6 +6,7 @@ groups are computed together as one batch.
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 from initializers._layers import Call, Layer
 from initializers._model import InitializationError
 
-KINDS = ("gaussian", "pca", "zca", "kmeans", "patches", "orthonormal")
+Filters = Literal["gaussian", "pca", "zca", "kmeans", "patches", "orthonormal"]
 DATA_DRIVEN = ("pca", "zca", "kmeans", "patches")
 
 GAUSSIAN_STD = 0.01  # of the unscaled Gaussian baseline (section 4.1); Algorithm 1 makes the scale irrelevant

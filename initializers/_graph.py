@@ -7,7 +7,7 @@ runs twice, on two images and on three, so that whatever number grows with the b
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ _METADATA = {
     *("__len__", "__hash__", "__repr__", "__format__", "__get__", "__set__"),
 }
 
+
+# `visit(call, entering, compute)` is called at the first use of each affine layer: `entering()` gives its inputs and
+# `compute()` its outputs, a tensor for each batch. Inputs are not held while it computes.
+Visit = Callable[[Call, Callable[[], list[Tensor]], Callable[[], list[Tensor]]], None]
 
 _DIFFERENT = "what it does depends on the number of images, or a part of it cannot be seen"
 
@@ -110,19 +114,19 @@ class Graph:
         return [other for other, known in self.storages.items() if known == address] if address else [value]
 
     @cached_property
-    def _dead(self) -> list[list[int]]:
+    def dead(self) -> list[list[int]]:
         """Values that nothing needs after each operation."""
         last: dict[int, int] = {}
         for position, operation in enumerate(self.operations):
             last |= dict.fromkeys(operation.inputs, position)
-            last |= dict.fromkeys(operation.outputs, position + (operation.call is not None))  # `after` sees them
+            last |= dict.fromkeys(operation.outputs, position + (operation.call is not None))  # `visit` sees them
         dead: list[list[int]] = [[] for _ in range(len(self.operations) + 1)]
         for value, position in last.items():
             if value not in self.constants and value not in self.outputs:
                 dead[position].append(value)
         return dead
 
-    def run(self, inputs: tuple[Tensor, ...], batch: int, before: Callable, after: Callable) -> None:
+    def run(self, inputs: tuple[Tensor, ...], batch: int, visit: Visit) -> None:
         """Run the graph on all images, batch by batch between one affine layer and the next.
 
         Every value is computed once and kept until its last use, so that what is held is what the network needs at
@@ -130,14 +134,12 @@ class Graph:
         under several masks, as its variance would else be that of the masks which happened to be drawn.
 
         Args:
-            before, after: as in `sweep`.
+            visit: as in `sweep`.
         """
-        count = len(inputs[0])
-        environments = [
-            self.constants | dict(zip(self.inputs, (x[first : first + batch].clone() for x in inputs), strict=True))
-            for first in range(0, count, batch)
+        batches = [
+            _Batch(self, self.constants | dict(zip(self.inputs, (x.clone() for x in part), strict=True)), len(part[0]))
+            for part in zip(*(x.split(batch) for x in inputs), strict=True)
         ]
-        sizes = [min(batch, count - first) for first in range(0, count, batch)]
         seen = set()
         start = 0
         for position, operation in enumerate(self.operations):
@@ -145,30 +147,54 @@ class Graph:
                 continue
             seen.add(operation.call.layer.name)
             if any(map(_drops, self.operations[start:position])):
-                values = sum(sizes) * self.shapes[operation.outputs[0]].numel() // SIZES[0]
-                masks = -(-SAMPLES * operation.call.layer.out_channels // values)
-                environments = [self._copy(environment) for environment in environments for _ in range(masks)]
-                sizes = [size for size in sizes for _ in range(masks)]
-            for environment, size in zip(environments, sizes, strict=True):
-                for earlier in range(start, position):
-                    self._execute(earlier, environment, size)
-            before(operation.call, [resolve(input_of(operation.args, operation.kwargs), e, 0) for e in environments])
-            for environment, size in zip(environments, sizes, strict=True):
-                self._execute(position, environment, size)
-            after(operation.call, [environment[operation.outputs[0]] for environment in environments])
+                masks = self._masks(operation, sum(one.size for one in batches))
+                batches = [one.copy() for one in batches for _ in range(masks)]
+            for one in batches:
+                one.execute(range(start, position))
+            visit(operation.call, partial(_entering, operation, batches), partial(_compute, position, batches))
             start = position + 1
 
-    def _copy(self, environment: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The same values in memory of their own, as operations may work in place; views stay views of each other."""
-        return copy.deepcopy(environment, {id(constant): constant for constant in self.constants.values()})
+    def _masks(self, operation: Operation, images: int) -> int:
+        """Under how many masks an affine layer behind dropout sees each of so many images."""
+        values = images * self.shapes[operation.outputs[0]].numel() // SIZES[0]
+        return -(-SAMPLES * operation.call.layer.out_channels // values)
 
-    def _execute(self, position: int, environment: dict[int, Tensor], size: int) -> None:
-        operation = self.operations[position]
-        args, kwargs = map_tree((operation.args, operation.kwargs), lambda leaf: resolve(leaf, environment, size))
-        results = tensors_of(operation.func(*args, **kwargs))
-        environment.update(zip(operation.outputs, results, strict=True))
-        for value in self._dead[position]:
-            environment.pop(value, None)
+
+@dataclass
+class _Batch:
+    """A few images on their way through a graph: the values that are still needed, and the number of images."""
+
+    graph: Graph
+    values: dict[int, Tensor]
+    size: int
+
+    def copy(self) -> "_Batch":
+        """The same values in memory of their own, as operations may work in place; views stay views of each other."""
+        known = {id(constant): constant for constant in self.graph.constants.values()}
+        return _Batch(self.graph, copy.deepcopy(self.values, known), self.size)
+
+    def execute(self, positions: range) -> None:
+        """Run some operations."""
+        for position in positions:
+            operation = self.graph.operations[position]
+            arguments = (operation.args, operation.kwargs)
+            args, kwargs = map_tree(arguments, lambda leaf: resolve(leaf, self.values, self.size))
+            results = tensors_of(operation.func(*args, **kwargs))
+            self.values.update(zip(operation.outputs, results, strict=True))
+            for value in self.graph.dead[position]:
+                self.values.pop(value, None)
+
+
+def _entering(operation: Operation, batches: list[_Batch]) -> list[Tensor]:
+    """What comes to an affine layer."""
+    return [resolve(input_of(operation.args, operation.kwargs), batch.values, batch.size) for batch in batches]
+
+
+def _compute(position: int, batches: list[_Batch]) -> list[Tensor]:
+    """Run an affine layer; its outputs."""
+    for batch in batches:
+        batch.execute(range(position, position + 1))
+    return [batch.values[batch.graph.operations[position].outputs[0]] for batch in batches]
 
 
 def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:

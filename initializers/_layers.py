@@ -40,7 +40,7 @@ _attention = types.FunctionType(
 _attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
-class Scaled(nn.Module):
+class AuxiliaryScaling(nn.Module):
     """The paper's auxiliary scaling, as a parametrization: the layer computes with `factor` times its parameter.
 
     The factor has a value for each row, as the rows of a packed projection may be several layers.
@@ -68,7 +68,7 @@ class Layer:
         weight: the parameter, or a view of some of its rows.
         bias: likewise; None where there is none that can be set.
         groups, transposed: of a convolution.
-        factor: the layer computes with `factor` times its weight and bias (see `Scaled`).
+        factor: the layer computes with `factor` times its weight and bias (see `AuxiliaryScaling`).
         computed_bias: the model computes a bias of its own, which cannot be set.
     """
 
@@ -96,11 +96,6 @@ class Layer:
         return self.as_blocks(self.weight.detach())
 
     @property
-    def in_channels(self) -> int:
-        """Input channels or features, of all groups."""
-        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
-
-    @property
     def out_channels(self) -> int:
         """Output channels or features."""
         return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
@@ -123,23 +118,6 @@ class Layer:
         """Multiply the weights of each input channel by `factors` (groups, inputs)."""
         precise = torch.promote_types(self.weight.dtype, torch.float32)
         self.blocks.mul_(factors.to(self.weight.device, precise).unsqueeze(1).unsqueeze(3))
-
-    def normalise(self, mean: Tensor, std: Tensor, target: float) -> Tensor:
-        """Make unit variance and mean `target` of outputs with this mean and standard deviation (out_channels,).
-
-        Returns:
-            What is to be added to the outputs divided by `std` to follow; 0 where there is no bias to set.
-        """
-        self.blocks.div_(std.view(self.groups, -1, 1, 1))
-        if self.bias is None:
-            return torch.zeros_like(mean)
-        factor = 1 if self.factor is None else self.factor
-        self.bias.copy_((self.bias * factor - mean) / std / factor + target / factor)
-        return target - mean / std
-
-    def by_channel(self, values: Tensor) -> Tensor:
-        """`values` (out_channels,) shaped to broadcast over an output of the layer."""
-        return values if self.linear else values.view(-1, *[1] * (self.weight.ndim - 2))
 
 
 @dataclass
@@ -207,21 +185,22 @@ class Layers:
 
     @cached_property
     def _factors(self) -> dict[int, Tensor]:
-        return {id(module.factor): module.factor for module in self.model.modules() if isinstance(module, Scaled)}
+        scalings = [module for module in self.model.modules() if isinstance(module, AuxiliaryScaling)]
+        return {id(scaling.factor): scaling.factor for scaling in scalings}
 
     def owner(self, tensor: Tensor | None) -> str | None:
         """Name of the parameter that `tensor` is, or of which it is a view."""
         return None if tensor is None else self._owner(tensor)[0]
 
     def is_scaling(self, func: Callable, args: tuple) -> bool:
-        """Whether this is the product that `Scaled` computes, of a parameter and its factor."""
+        """Whether this is the product that `AuxiliaryScaling` computes, of a parameter and its factor."""
         return func.__name__ == "mul" and len(args) == 2 and id(args[1]) in self._factors
 
     def call(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Call | None:
         """The use of an affine layer that this call of a torch function is; None if it is none.
 
         Args:
-            sources: by the memory of a tensor that `Scaled` computed: the tensor, its parameter and its factor.
+            sources: by the memory of what an `AuxiliaryScaling` computed: that tensor, its parameter and its factor.
         """
         names = AFFINE.get(func.__name__)
         if names is None:
@@ -388,7 +367,10 @@ def channel_statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Ten
 
 
 def _source(tensor: Tensor | None, sources: dict) -> tuple[Tensor | None, Tensor | None]:
-    """The parameter, or the rows of it, of which `Scaled` computed a tensor, and their factor; or the tensor itself."""
+    """The parameter, or its rows, of which an `AuxiliaryScaling` computed a tensor, and their factor; or the tensor.
+
+    A layer may use a part of what was computed (the rows of a packed projection): it is found by its offset in memory.
+    """
     found = None if tensor is None else sources.get(memory(tensor))
     if found is None or found[0].stride() != found[1].stride():
         return tensor, None

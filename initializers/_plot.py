@@ -2,18 +2,16 @@
 
 import math
 
-from initializers._rates import Rates
-
 MAX_TICKS = 30  # names that fit below one axis
 
 
-def plot_rates(rates: Rates, ax=None, label: str | None = None):
+def plot_rates(mean: dict[str, float], cv: dict[str, float], ax=None, label: str | None = None):
     """Draw change rates: (a) the average of each layer, on a log scale, (b) their coefficient of variation.
 
     Layers are in order of execution. To compare initializations, draw them into the same pair of axes.
 
     Args:
-        rates: what `change_rate` measured.
+        mean, cv: average change rate and coefficient of variation, by layer.
         ax: a pair of matplotlib Axes to draw into; None makes a figure.
         label: of the lines, for the legend.
 
@@ -35,11 +33,11 @@ def plot_rates(rates: Rates, ax=None, label: str | None = None):
     if len(axes) != 2 or not all(isinstance(axis, Axes) for axis in axes):
         raise ValueError(f"ax is {ax!r}: pass a pair of matplotlib Axes, such as plt.subplots(1, 2)[1], or None")
 
-    step = math.ceil(len(rates.layers) / MAX_TICKS)
-    panels = (("(a) average change rate", rates.mean), ("(b) coefficient of variation", rates.cv))
+    step = math.ceil(len(mean) / MAX_TICKS)
+    panels = (("(a) average change rate", mean), ("(b) coefficient of variation", cv))
     for axis, (title, values) in zip(axes, panels, strict=True):
         axis.plot(range(len(values)), list(values.values()), marker=".", label=label)
-        axis.set_xticks(range(0, len(values), step), rates.layers[::step], rotation=90, fontsize="small")
+        axis.set_xticks(range(0, len(values), step), [*mean][::step], rotation=90, fontsize="small")
         axis.set_title(title)
         axis.grid(alpha=0.3)
         if label is not None:

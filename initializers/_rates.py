@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from initializers._layers import NO_LAYER, PIECE, Call, Layer, Layers, forward
 from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped
+from initializers._plot import plot_rates
 
-BATCH = 16  # images a pass: bounds the activations kept for the backward pass
+IMAGES_AT_A_TIME = 16  # bounds the activations kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,7 @@ class Rates:
         Returns:
             The pair of axes.
         """
-        from initializers._plot import plot_rates
-
-        return plot_rates(self, ax, label=label)
+        return plot_rates(self.mean, self.cv, ax, label=label)
 
 
 def change_rate(model: nn.Module, images, *, seed: int = 0) -> Rates:
@@ -135,7 +134,7 @@ def measure(
     count, first = len(inputs[0]), 0
     if layers.per_image is None:
         layers.per_image = _rows_are_images(layers, inputs)
-    batch = BATCH if layers.per_image else 1
+    batch = IMAGES_AT_A_TIME if layers.per_image else 1
     torch.manual_seed(seed)  # for models that draw random numbers even in evaluation mode
     squares: dict[str, Tensor] = {}
     used: dict[str, Layer] = {}
@@ -169,14 +168,39 @@ def measure(
                 for name, uses in _gradients(group, noise, calls, keep=not last).items():
                     found = _column_squares(used[name], uses, images) / (count * draws)
                     squares.setdefault(name, found.new_zeros(len(together), *found.shape))[number] += found
-        for name in used.keys() - squares.keys():
-            raise InitializationError(f"layer {name}: the output of the model does not depend on it")
+        missing = next((name for name in used if name not in squares), None)
+        if missing is not None:
+            raise InitializationError(f"layer {missing}: the output of the model does not depend on it")
         tops.append(torch.cat([output.detach().flatten(1) for output in top if output.requires_grad], 1))
         first += images
     for name, layer in used.items():
         if layer.factor is not None:  # what is stored is what learns
             squares[name] *= layer.factor.item() ** 2
     return Measurement(used, squares, {name: _mean_squares(layer) for name, layer in used.items()}, torch.cat(tops))
+
+
+def usable_rates(
+    layers: Layers,
+    inputs: tuple[Tensor, ...],
+    seed: int,
+    *,
+    draws: int,
+    apart: bool = False,
+    before: Callable[[Call, Tensor], None] | None = None,
+) -> Measurement:
+    """Change rates that can be equalised; arguments as of `measure`.
+
+    Raises:
+        InitializationError: they overflow, or a layer does not learn at all.
+    """
+    measurement = measure(layers, inputs, seed, before=before, draws=draws, apart=apart)
+    mean = measurement.rates.mean
+    if not torch.isfinite(measurement.outputs).all() or math.inf in mean.values():
+        raise InitializationError("the output or its gradient overflows: normalise the images, or use within=True")
+    still = next((name for name, rate in mean.items() if not rate > 0), None)
+    if still is not None:
+        raise InitializationError(f"layer {still}: no gradient reaches its weights on these images; initialize it")
+    return measurement
 
 
 def _gradients(

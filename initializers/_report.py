@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, field
 
+from initializers._rates import Measurement
+
 COLUMNS = ("layer", "shape", "filters", "mean", "std", "mean'", "std'", "rate", "rate'", "scale", "seconds")
 
 
@@ -84,6 +86,16 @@ class Report:
     def spread_after(self) -> float | None:
         """Largest over smallest average change rate after the between-layer step."""
         return _spread([layer.rate_after for layer in self.layers])
+
+    def add_rates(self, first: Measurement, last: Measurement, factors: dict[str, float]) -> None:
+        """Change rates before and after the between-layer step, and what it multiplied the weights by."""
+        if not self.layers:
+            self.layers = [LayerReport(name, tuple(layer.weight.shape)) for name, layer in first.layers.items()]
+        before, after = first.rates.mean, last.rates.mean
+        for row in self.layers:
+            row.rate_before, row.rate_after = before.get(row.name), after.get(row.name)
+            row.scale = factors.get(row.name)
+        self.rate_images = len(first.outputs)
 
     def to_dict(self) -> dict:
         """Plain values, ready for JSON."""

@@ -3,10 +3,11 @@
 Every value has a log-scale u: 0 at the inputs and outputs of the network, free in between. An affine layer multiplies
 the weights of input channel j by exp(u_out - u_in[j]) and its bias by exp(u_out), so that its output has one scale
 whatever its input had. Whatever the u, the network computes the same function. Which scales are which is found in
-`initializers._trace`; here they are chosen and applied.
+`initializers._propagate`; here they are chosen and applied.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -56,7 +57,7 @@ class Scales:
         gains: parameters that multiply a value element by element, with the labels that come in, shaped like them, and
             the label that goes out.
         lrns: local response normalisations and the label of their input; their constants take up the scale.
-        measured: labels of what comes out of local response normalisations that are left as they are, with those of
+        through_lrn: labels of what comes out of local response normalisations that are left as they are, with those of
             what comes in. They scale only nearly, so that the scale that comes out has to be measured.
         outputs: labels of the outputs of the model, where these are free; their factor scales the gradients that they
             hand down.
@@ -70,7 +71,7 @@ class Scales:
     leaves: list[tuple[Tensor, int]] = field(default_factory=list)
     gains: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     lrns: list[tuple[nn.Module, int]] = field(default_factory=list)
-    measured: dict[int, int] = field(default_factory=dict)
+    through_lrn: dict[int, int] = field(default_factory=dict)
     outputs: list[int] = field(default_factory=list)
     degrees: dict[int, float] = field(default_factory=dict)
     variables: int = 0
@@ -81,9 +82,9 @@ class Scales:
         self.variables += 1
         return self.variables
 
-    def is_measured(self, labels: Tensor) -> Tensor:
-        """Which of the labels are in `measured`, bool."""
-        return torch.isin(labels, torch.tensor(sorted(self.measured), dtype=labels.dtype))
+    def is_through_lrn(self, labels: Tensor) -> Tensor:
+        """Which of the labels are in `through_lrn`, bool."""
+        return torch.isin(labels, torch.tensor(sorted(self.through_lrn), dtype=labels.dtype))
 
     def constrain(self, *terms: tuple[int, int]) -> None:
         """Let a sum of (label, coefficient) be 0."""
@@ -102,8 +103,8 @@ class Scales:
         for row, terms in zip(matrix[1:], self.constraints, strict=True):
             for label, coefficient in terms:
                 row[label] = coefficient
-        relations = torch.zeros(len(self.measured), 1 + self.variables, dtype=torch.float64)
-        for row, (output, label) in zip(relations, self.measured.items(), strict=True):
+        relations = torch.zeros(len(self.through_lrn), 1 + self.variables, dtype=torch.float64)
+        for row, (output, label) in zip(relations, self.through_lrn.items(), strict=True):
             row[output] = 1
             row[label] -= self.degrees.get(output, 1.0)
         _, values, vectors = torch.linalg.svd(torch.cat([matrix, relations]))
@@ -210,24 +211,33 @@ class Scales:
             slopes[row].index_add_(0, outputs, of_output @ (columns / columns.sum()))
         return logs, slopes
 
+    def of_outputs(self, u: Tensor) -> list[float]:
+        """What the log-scales u multiply each output of the model by; empty where these are kept."""
+        return u[self.outputs].exp().tolist()
+
+    def factors(self, u: Tensor, more: Mapping[str, float]) -> dict[str, float]:
+        """What the log-scales u multiply the weights of each layer by; the geometric mean over its input channels.
+
+        Args:
+            more: log-factors by layer, for what else they were multiplied by.
+        """
+        return {use.layer.name: (self._changes(use, u).mean() + more[use.layer.name]).exp().item() for use in self.uses}
+
+    def _changes(self, use: Use, u: Tensor) -> Tensor:
+        """Logs of what the weights of each input channel are multiplied by, (groups, inputs)."""
+        return u[use.output] - torch.where(self.is_through_lrn(use.incoming), 0.0, u[use.incoming])
+
     @torch.no_grad()
-    def apply(self, u: Tensor) -> dict[str, float]:
+    def apply(self, u: Tensor) -> None:
         """Scale the parameters, the running statistics and the constants by the log-scales u.
 
         Where the scale of a layer's input has to be measured, dividing by it is left to the caller.
-
-        Returns:
-            What the weights of each layer were multiplied by; the geometric mean over its input channels.
         """
         u = u.cpu()
-        factors = {}
         for use in self.uses:
-            layer = use.layer
-            logs = u[use.output] - torch.where(self.is_measured(use.incoming), 0.0, u[use.incoming])
-            layer.scale_inputs(logs.exp())
-            if layer.bias is not None:
-                layer.bias.mul_(u[use.output].exp().item())
-            factors[layer.name] = logs.mean().exp().item()
+            use.layer.scale_inputs(self._changes(use, u).exp())
+            if use.layer.bias is not None:
+                use.layer.bias.mul_(u[use.output].exp().item())
         for norm in self.norms:
             _scale_norm(norm, u)
         for parameter, label in self.leaves:
@@ -236,7 +246,6 @@ class Scales:
             parameter.mul_((u[output] - u[incoming]).exp().to(parameter))
         for module, label in self.lrns:
             module.alpha *= (-2 * u[label]).exp().item()
-        return factors
 
 
 def _scale_norm(norm: Norm, u: Tensor) -> None:

@@ -327,7 +327,7 @@ def interrupted(call, model, at, monkeypatch):
         return channel_statistics(*args)
 
     hook = model[-2].register_forward_hook(interrupt)
-    monkeypatch.setattr("initializers._initialize.channel_statistics", statistics)
+    monkeypatch.setattr("initializers._within.channel_statistics", statistics)
     try:
         call()
     except KeyboardInterrupt:

@@ -1,3 +1,5 @@
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 from initializers import InitializationError, initialize
 from initializers._filters import (
     DATA_DRIVEN,
-    KINDS,
+    Filters,
     _as_blocks,
     draw_filters,
     draw_patches,
@@ -245,7 +247,7 @@ def test_a_cluster_whose_points_cancel_starts_again():
     assert torch.equal(centres.abs(), torch.ones(3, 1, 1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(Filters))
 def test_more_outputs_than_inputs(kind):
     """64 filters on 3x3x3."""
     torch.manual_seed(0)
@@ -318,7 +320,7 @@ def test_groups_whose_input_is_dead(kind):
         filters_for(kind, layer, 0 * x)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(Filters))
 @pytest.mark.parametrize("name", TRANSPOSED)
 def test_transposed_convolutions_see_no_patches(kind, name):
     layer = TRANSPOSED[name]()
@@ -341,7 +343,7 @@ def test_transposed_convolutions_see_no_patches(kind, name):
     assert note == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(Filters))
 @pytest.mark.parametrize("name", LAYERS)
 def test_centred_filters_leave_the_mean_out(kind, name):
     """They are orthogonal to the mean patch of their group, and otherwise what they would be."""
@@ -381,7 +383,7 @@ def test_centred_filters_are_those_of_the_patches_without_their_mean(kind):
         torch.testing.assert_close(codes.norm(dim=1), torch.ones(4), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(Filters))
 def test_groups_that_only_vary_along_their_mean_keep_it(kind):
     """A depthwise filter on one position: its only weight is along the mean."""
     layer = nn.Conv2d(6, 6, 1, groups=6, bias=False)

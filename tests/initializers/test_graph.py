@@ -11,8 +11,8 @@ from torch import nn
 
 from initializers import InitializationError, initialize
 from initializers._graph import Graph, UngraphableError, record
-from initializers._initialize import BATCH, sweep
 from initializers._layers import Layers
+from initializers._sweep import IMAGES_AT_A_TIME, sweep
 
 
 class Net(nn.Module):
@@ -140,19 +140,17 @@ def layer_values(run):
     """Inputs and outputs of the first use of each layer: one tensor per batch."""
     found = {}
 
-    def before(call, inputs):
-        found[call.layer.name] = [[x.clone() for x in inputs]]
+    def visit(call, entering, compute):
+        entered = [x.clone() for x in entering()]
+        found[call.layer.name] = entered, [x.clone() for x in compute()]
 
-    def after(call, outputs):
-        found[call.layer.name].append([x.clone() for x in outputs])
-
-    run(before, after)
+    run(visit)
     return found
 
 
 def plainly(model, images):
     """The same, in one forward pass of all images."""
-    return layer_values(lambda before, after: sweep(Layers(model), (images,), None, before, after))
+    return layer_values(lambda visit: sweep(Layers(model), (images,), None, visit))
 
 
 def joined(parts, shape):
@@ -162,11 +160,11 @@ def joined(parts, shape):
 
 
 @torch.no_grad()
-def assert_replays(model, count, batch=BATCH):
+def assert_replays(model, count, batch=IMAGES_AT_A_TIME):
     graph = record(Layers(model), (draw(5),))
     images = draw(count)
     original, expected = images.clone(), plainly(model, draw(count))
-    found = layer_values(lambda before, after: graph.run((images,), batch, before, after))
+    found = layer_values(lambda visit: graph.run((images,), batch, visit))
     assert list(found) == list(expected)
     for name, values in found.items():
         for parts, (other,) in zip(values, expected[name], strict=True):
@@ -199,7 +197,7 @@ def test_initialization_is_the_same_without_a_graph(function, monkeypatch):
     """Up to rounding: the parts of the images are sums of others."""
     model, other = build(FUNCTIONS[function]), build(FUNCTIONS[function])
     report = initialize(model, draw(40), "orthonormal", between=False)
-    monkeypatch.setattr("initializers._initialize.record", without_graph)
+    monkeypatch.setattr("initializers._sweep.record", without_graph)
     second = initialize(other, draw(40), "orthonormal", between=False)
     assert [row.name for row in report.layers] == [row.name for row in second.layers]
     for (name, parameter), expected in zip(model.named_parameters(), other.parameters(), strict=True):
@@ -241,11 +239,13 @@ def test_values_are_freed_after_their_last_use():
         graph = record(Layers(model), (images,))
         already = alive(1000)
 
-        def count(call, tensors):
-            if call.layer.name in ("layers.1", "layers.10"):
-                held.append(alive(1000) - already)
+        def count(call, entering, compute):
+            for tensors in (entering, compute):
+                assert tensors()
+                if call.layer.name in ("layers.1", "layers.10"):
+                    held.append(alive(1000) - already)
 
-        graph.run((images,), 8, count, count)
+        graph.run((images,), 8, count)
     assert len(held) == 4
     assert max(held) <= 3 * 3
     assert held[:2] == held[2:]  # no more in deeper layers
@@ -307,7 +307,7 @@ def test_random_operations():
     found = []
     with torch.no_grad():
         for _ in range(2):
-            graph.run((draw(20),), 16, lambda call, x: found.append(torch.cat(x)), lambda *_: None)
+            graph.run((draw(20),), 16, lambda _, entering, compute: (found.append(torch.cat(entering())), compute()))
     assert list(map(len, found)) == [20] * 6
     assert not torch.equal(found[1], found[4])
     models = [build(model.function) for _ in range(2)]

@@ -549,7 +549,7 @@ def assert_close(one, other, tolerance=1e-4):
 def test_the_batches_of_the_sweep_do_not_matter(network, filters, images, monkeypatch):
     models, reports = [build(network) for _ in range(3)], []
     for model, batch in zip(models, (64, 5, 1), strict=True):
-        monkeypatch.setattr("initializers._initialize.BATCH", batch)
+        monkeypatch.setattr("initializers._sweep.IMAGES_AT_A_TIME", batch)
         reports.append(initialize(model, images, filters).to_dict())
     for model, report in zip(models[1:], reports[1:], strict=True):
         assert_close(model, models[0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from initializers import Rates
-from initializers._plot import MAX_TICKS, plot_rates
+from initializers._plot import MAX_TICKS
 
 matplotlib.use("Agg")
 
@@ -25,7 +25,7 @@ def make_rates(layers, seed=0):
 
 def test_the_lines_are_the_rates():
     rates = make_rates(8)
-    axes = plot_rates(rates)
+    axes = rates.plot()
     for axis, values in zip(axes, (rates.mean, rates.cv), strict=True):
         (line,) = axis.lines
         assert line.get_xdata().tolist() == list(range(8))
@@ -41,7 +41,7 @@ def test_several_in_one_pair_of_axes():
     _, pair = plt.subplots(2, 1)
     first, second = make_rates(3), make_rates(3, seed=1)
     for rates, label in ((first, "kmeans"), (second, "gaussian")):
-        assert plot_rates(rates, pair, label=label) == tuple(pair)
+        assert rates.plot(pair, label=label) == tuple(pair)
     for axis in pair:
         assert [text.get_text() for text in axis.get_legend().get_texts()] == ["kmeans", "gaussian"]
     assert [line.get_ydata().tolist() for line in pair[0].lines] == [[*first.mean.values()], [*second.mean.values()]]
@@ -50,7 +50,7 @@ def test_several_in_one_pair_of_axes():
 
 def test_names_do_not_overlap_with_many_layers():
     rates = Rates({f"layer{i}": torch.ones(2) for i in range(100)})
-    axes = plot_rates(rates)
+    axes = rates.plot()
     axes[0].figure.draw_without_rendering()
     for axis in axes:
         boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
@@ -63,10 +63,10 @@ def test_names_do_not_overlap_with_many_layers():
 @pytest.mark.parametrize("make", [lambda: 3, lambda: plt.subplots()[1], lambda: plt.subplots(1, 3)[1], lambda: "ab"])
 def test_what_is_no_pair_of_axes(make):
     with pytest.raises(ValueError, match=r"^ax is .*: pass a pair of matplotlib Axes"):
-        plot_rates(make_rates(2), make())
+        make_rates(2).plot(make())
 
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
-        plot_rates(make_rates(2))
+        make_rates(2).plot()

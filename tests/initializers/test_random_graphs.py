@@ -13,7 +13,7 @@ from torch import nn
 from initializers import InitializationError, change_rate, initialize, rescale
 from initializers._graph import record
 from initializers._layers import Layers
-from initializers._trace import trace_scales
+from initializers._propagate import propagate
 
 SIZE = 5  # of the images
 
@@ -173,7 +173,7 @@ def test_any_scales_keep_the_function(network, seed):
     model, images = network
     fresh = draw(5, 4, model.convolutional)
     expected = model(fresh).detach()
-    scales = trace_scales(record(Layers(model), (images,)), "estimate")
+    scales = propagate(record(Layers(model), (images,)), "estimate")
     basis = scales.basis()
     u = basis @ torch.randn(basis.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     scales.apply(u)

@@ -8,7 +8,7 @@ from torch import nn
 
 from initializers import Rates, _rates, change_rate
 from initializers._layers import Layers
-from initializers._rates import BATCH, measure
+from initializers._rates import IMAGES_AT_A_TIME, measure
 
 AFFINE = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -216,13 +216,13 @@ NETWORKS = {
     ),
     "as many tokens as images": lambda: nn.Sequential(
         nn.Flatten(2),
-        nn.Linear(121, 4 * BATCH),
-        nn.Unflatten(2, (BATCH, 4)),
+        nn.Linear(121, 4 * IMAGES_AT_A_TIME),
+        nn.Unflatten(2, (IMAGES_AT_A_TIME, 4)),
         nn.Flatten(1, 2),
         nn.ReLU(),
         nn.Linear(4, 2),
         nn.Flatten(),
-        nn.Linear(8 * BATCH, 3),
+        nn.Linear(8 * IMAGES_AT_A_TIME, 3),
     ),
     "pointwise": lambda: conv(8, 1),
     "groups": lambda: conv(8, 3, padding=1, groups=2),
@@ -264,12 +264,12 @@ NETWORKS = {
     "windows of a convolution": WindowsOfAConvolution,
     "attention, images first": lambda: Attention(batch_first=True),
     "attention, tokens first": lambda: Attention(batch_first=False),
-    "attention, as many tokens as images": lambda: Attention(batch_first=False, tokens=BATCH),
+    "attention, as many tokens as images": lambda: Attention(batch_first=False, tokens=IMAGES_AT_A_TIME),
     "attention, two tokens": lambda: Attention(batch_first=False, tokens=2),
     "encoder, images first": lambda: Encoder(batch_first=True),
     "encoder, tokens first": lambda: Encoder(batch_first=False),
     "table": lambda: Table(7),
-    "table of as many rows as images": lambda: Table(BATCH),
+    "table of as many rows as images": lambda: Table(IMAGES_AT_A_TIME),
     "table of two rows": lambda: Table(2),
 }
 
@@ -281,12 +281,12 @@ def build(network):
 
 @pytest.fixture
 def images():
-    return torch.randn(BATCH + 5, 4, 11, 11, generator=torch.Generator().manual_seed(1))
+    return torch.randn(IMAGES_AT_A_TIME + 5, 4, 11, 11, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
 def eta():
-    return torch.randn(BATCH + 5, 3, generator=torch.Generator().manual_seed(2))
+    return torch.randn(IMAGES_AT_A_TIME + 5, 3, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -329,8 +329,11 @@ class Joined(nn.Module):
 
 def test_all_outputs_of_a_model_count(images):
     torch.manual_seed(0)
-    model, images, generator = Heads(), images[:BATCH], torch.Generator().manual_seed(5)
-    eta = [torch.randn(BATCH, 3, generator=generator), torch.randn(BATCH, 9, 9, 2, generator=generator).flatten(1)]
+    model, images, generator = Heads(), images[:IMAGES_AT_A_TIME], torch.Generator().manual_seed(5)
+    eta = [
+        torch.randn(IMAGES_AT_A_TIME, 3, generator=generator),
+        torch.randn(IMAGES_AT_A_TIME, 9, 9, 2, generator=generator).flatten(1),
+    ]
     slow = slow_columns(Joined(model), images, torch.cat(eta, 1))
     rates = change_rate(model, images, seed=5)
     assert [f"heads.{name}" for name in rates.layers] == list(slow)

@@ -20,7 +20,7 @@ def model():
 
 
 def test_rates_and_scales_are_those_of_the_model(model, images, monkeypatch):
-    monkeypatch.setattr("initializers._initialize.RATE_DRAWS", 1)  # as many as change_rate draws
+    monkeypatch.setattr("initializers._between.RATE_DRAWS", 1)  # as many as change_rate draws
     images = images[:12]
     before, rates = [model[i].weight.clone() for i in (1, 3, 5)], change_rate(model, images, seed=5)
     report = rescale(model, images, seed=5)

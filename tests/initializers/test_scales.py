@@ -14,10 +14,10 @@ from torchvision.ops import roi_align, roi_pool
 from experiments.networks.caffenet import CaffeNet
 from initializers import InitializationError, initialize, rescale
 from initializers._graph import record
-from initializers._initialize import _measured
 from initializers._layers import Layers
+from initializers._propagate import propagate
+from initializers._rates import usable_rates
 from initializers._scales import Norm, _scale_norm
-from initializers._trace import trace_scales
 
 
 class Parts(nn.Module):
@@ -75,7 +75,7 @@ def distance(one, other):
 
 def scales_of(model, inputs, lrn="estimate"):
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    return trace_scales(record(Layers(model), inputs), lrn)
+    return propagate(record(Layers(model), inputs), lrn)
 
 
 def free(model, inputs, lrn="estimate"):
@@ -482,7 +482,7 @@ def test_caffenet(options, number, measured):
     norms = options.get("batch_norm", False)
     assert len(scales.uses) == 8
     assert len(scales.norms) == (7 if norms else 0)
-    assert len(scales.measured) == measured or norms
+    assert len(scales.through_lrn) == measured or norms
     assert free(model, images, lrn="exact") == number
     if not norms:
         assert free(model, images) == number
@@ -568,7 +568,7 @@ def test_lrn_estimated(name):
     _, measured, number, _ = LRN[name]
     model, images = with_lrn(name), draw(1, 12)
     scales = scales_of(model, images)
-    assert bool(scales.measured) == measured
+    assert bool(scales.through_lrn) == measured
     assert scales.basis().shape[1] == number
     expected = model(images).detach()
     report = rescale(model, images)
@@ -684,7 +684,7 @@ def test_weight_norm_of_the_old_kind():
 
 def rates_of(model, images):
     """Change rates as `rescale` measures them."""
-    return _measured(Layers(model), (images,), seed=0).rates.mean
+    return usable_rates(Layers(model), (images,), 0, draws=4).rates.mean
 
 
 # What stays apart with "pin", and what shares parameters.
@@ -921,8 +921,8 @@ def test_powers_of_two_stop_where_eps_would_show():
         norm.running_mean.normal_()
     with torch.no_grad():
         before = model(images)
-    scales = trace_scales(record(Layers(model), (images,)), "estimate")
-    assert scales.equalising(_measured(Layers(model), (images,), 0)).min() < math.log(2**-6)
+    scales = propagate(record(Layers(model), (images,)), "estimate")
+    assert scales.equalising(usable_rates(Layers(model), (images,), 0, draws=4)).min() < math.log(2**-6)
     report = rescale(model, images)
     assert report.powers_of_two
     assert torch.equal(model(images), before)
@@ -1039,7 +1039,7 @@ def test_rates_are_equal_on_as_many_images_as_are_asked_for(nonhomogeneous):
         report = rescale(model, images, rate_images=count, nonhomogeneous=nonhomogeneous)
         assert report.rate_images == min(count, 24)
         assert report.spread_after < 1.001
-        spreads[count] = _measured(Layers(model), (images,), 0).rates.spread
+        spreads[count] = usable_rates(Layers(model), (images,), 0, draws=4).rates.spread
     assert spreads[24] == spreads[99] < 1.001 < 1.01 < spreads[2]
 
 

@@ -10,6 +10,8 @@ move elements are applied to the labels as they are to the values. Equal scales 
 variables.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from initializers._layers import input_of, memory, overlap
 from initializers._model import InitializationError, tensors_of
 from initializers._scales import PINNED, Norm, Scales, Use
 
+Lrn = Literal["estimate", "exact"]
+Outputs = Literal["keep", "free"]
 ZERO = -1  # the label of what is zero
 
 # Operations by the name of their function; methods, operators and in-place variants share it.
@@ -46,7 +50,7 @@ _OPERATORS = {
 } | {"__truediv__": "div", "__itruediv__": "div", "__neg__": "neg"}
 
 
-def trace_scales(graph: Graph, lrn: str | None, outputs: str = "keep") -> Scales:
+def propagate(graph: Graph, lrn: Lrn | None, outputs: Outputs = "keep") -> Scales:
     """The scales of a graph.
 
     Args:
@@ -54,13 +58,13 @@ def trace_scales(graph: Graph, lrn: str | None, outputs: str = "keep") -> Scales
         lrn: "estimate" leaves local response normalisations as they are, "exact" scales their constants, None those
             that the state dict holds.
     """
-    return _Tracer(graph, lrn).trace(outputs)
+    return _Propagation(graph, lrn).run(outputs)
 
 
-class _Tracer:
+class _Propagation:
     """Follows the labels through the operations of a graph."""
 
-    def __init__(self, graph: Graph, lrn: str | None) -> None:
+    def __init__(self, graph: Graph, lrn: Lrn | None) -> None:
         self.graph = graph
         self.lrn = lrn
         self.scales = Scales()
@@ -70,7 +74,7 @@ class _Tracer:
         found = graph.layers.found.values()
         self.affine = {graph.layers.owner(tensor) for layer in found for tensor in (layer.weight, layer.bias)} - {None}
         self.lrns: dict[int, int] = {}
-        self.computed: dict[int, Tensor] = {}  # parameters by the memory of what `Scaled` computes of them
+        self.computed: dict[int, Tensor] = {}  # parameters by the memory of what `AuxiliaryScaling` computes of them
         self.others: dict[int, list[Tensor]] = {}  # by memory, what is used in a way that no rule scales
         self.rules = {
             **dict.fromkeys(_MOVING | {"pad"}, self._move),
@@ -81,7 +85,7 @@ class _Tracer:
             **dict.fromkeys(_ADDING, self._add),
             **dict.fromkeys(_MULTIPLYING, self._multiply),
             **dict.fromkeys(("matmul", "bmm"), self._matmul),
-            **dict.fromkeys(_NORMALISING, self._normalise),
+            **dict.fromkeys(_NORMALISING, self._own_statistics),
             **dict.fromkeys(("clamp", "clamp_min"), self._clamp),
             "copy": lambda operation: [self._of(operation.args[1]).expand(self._shape(operation))],
             "scaled_dot_product_attention": self._attention,
@@ -90,7 +94,7 @@ class _Tracer:
             "__setitem__": self._set,
         }
 
-    def trace(self, outputs: str) -> Scales:
+    def run(self, outputs: Outputs) -> Scales:
         for operation in self.graph.operations:
             name = _canonical(operation.name)
             self._note_others(operation, name)
@@ -170,7 +174,7 @@ class _Tracer:
         differ = (one != other) & (one != ZERO) & (other != ZERO)
         for a, b in torch.stack([one[differ], other[differ]]).unique(dim=1).T.int().tolist():
             self.scales.constrain((a, 1), (b, -1))
-            if self.scales.measured.keys() & {a, b}:  # a measured scale is never exactly another
+            if self.scales.through_lrn.keys() & {a, b}:  # a measured scale is never exactly another
                 self.scales.constrain((a, 1))
         return merged
 
@@ -281,13 +285,13 @@ class _Tracer:
         sizes = [1] * (len(shape) - parameter.ndim) + list(parameter.shape)
         incoming = self._uniform(labels, [d for d, size in enumerate(sizes) if size == 1 and shape[d] > 1])
         output = self.scales.new()
-        self._pin_measured(incoming)
+        self._pin_through_lrn(incoming)
         incoming = incoming.expand(sizes).reshape(parameter.shape).long().clamp_min(0)
         self.scales.gains.append((parameter, incoming, output))
         return [_full(output, shape)]
 
-    def _pin_measured(self, labels: Tensor) -> None:
-        self._pin(labels[self.scales.is_measured(labels)])
+    def _pin_through_lrn(self, labels: Tensor) -> None:
+        self._pin(labels[self.scales.is_through_lrn(labels)])
 
     def _matmul(self, operation: Operation) -> list[Tensor] | None:
         one, other = (self._of(leaf) for leaf in operation.args[:2])
@@ -337,7 +341,7 @@ class _Tracer:
             if layer.bias is not None:
                 self.scales.constrain((first.output, 1), (output, -1))
             pairs = torch.stack([vector, first.incoming.flatten()])
-            self._pin_measured(pairs)
+            self._pin_through_lrn(pairs)
             for label, other in pairs.unique(dim=1).T.tolist():
                 self.scales.constrain((output, 1), (label, -1), (first.output, -1), (other, 1))
         return [_full(output, self._shape(operation))]
@@ -350,7 +354,7 @@ class _Tracer:
             return None
         labels = self._of(x)
         incoming = self._uniform(labels, [d for d in range(labels.ndim) if d != 1]).flatten().long().clamp_min(0)
-        self._pin_measured(incoming)
+        self._pin_through_lrn(incoming)
         parameters = self._parameters(weight, bias)
         if parameters is None:
             return None
@@ -358,7 +362,7 @@ class _Tracer:
         norm = Norm(incoming, 0, *parameters, mean=statistics[0], variance=statistics[1], eps=eps)
         return self._emit(operation, norm)
 
-    def _normalise(self, operation: Operation) -> list[Tensor] | None:
+    def _own_statistics(self, operation: Operation) -> list[Tensor] | None:
         """Normalisation by the input's own statistics, of which eps is one constant for the whole module."""
         weight, bias, running = _given(operation, _NORM_ARGUMENTS[operation.name], ("weight", "bias", "running_mean"))
         parameters = self._parameters(weight, bias)
@@ -366,7 +370,7 @@ class _Tracer:
             return None
         labels = self._of(operation.args[0])
         incoming = self._uniform(labels, range(labels.ndim)).flatten().long().clamp_min(0)
-        self._pin_measured(incoming)
+        self._pin_through_lrn(incoming)
         module = operation.module
         if module is None or getattr(module, "weight", None) is not parameters[0] or module.eps is None:
             self._pin(incoming)
@@ -397,7 +401,7 @@ class _Tracer:
         module = operation.module if isinstance(operation.module, nn.LocalResponseNorm) else None
         if self.lrn == "estimate" or (self.lrn is None and (module is None or "alpha" not in module.state_dict())):
             output = self.scales.new()
-            self.scales.measured[output] = label
+            self.scales.through_lrn[output] = label
             return [_full(output, self._shape(operation))]
         if module is None:
             return None

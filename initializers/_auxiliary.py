@@ -1,0 +1,89 @@
+"""The paper's auxiliary scaling (section 3.2): a constant factor between the weights stored and those that compute.
+
+It equalises the change rates whatever the network: storing r times the weights of layer k, and dividing by r where they
+are used, keeps the function and divides C_k by r², so that r_k = (C_k / C)^(1/2) for the geometric mean C.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from initializers._function import Function, some
+from initializers._layers import AuxiliaryScaling, Layers
+from initializers._model import snapshot
+from initializers._rates import Measurement, usable_rates
+from initializers._report import Report
+
+RATE_DRAWS = 4  # top gradients for each image
+
+
+def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: int, seed: int, report: Report) -> Layers:
+    """Equal rates by auxiliary scalings; the factors are rounded to powers of two where the function would change.
+
+    Returns:
+        The layers, whose parameters are others now.
+    """
+    function, images = Function(layers, inputs), some(inputs, rate_images)
+    first = usable_rates(layers, images, seed, draws=RATE_DRAWS)
+    logs = {name: math.log(rate) for name, rate in first.rates.mean.items()}
+    centre = sum(logs.values()) / len(logs)
+    exponents: dict[str, float] = {name: (rate - centre) / 2 / math.log(2) for name, rate in logs.items()}
+    model, restore, rows = layers.model, snapshot(layers.model), _layers_of_rows(layers, first)
+    added: list[tuple[nn.Module, str]] = []
+
+    def insert(exponents: dict[str, float]) -> float:
+        factors = {name: 2.0**exponent for name, exponent in exponents.items()}
+        for owner, names in rows.items():
+            added.extend(_insert(model, owner, torch.tensor([factors[name] for name in names])))
+        return function.change([])
+
+    def remove() -> None:
+        for module, name in added:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        added.clear()
+
+    try:
+        change = insert(exponents)
+        if not change < function.tolerance:  # the network amplifies the rounding of its weights
+            remove()
+            restore()
+            report.powers_of_two = True
+            exponents = {name: round(exponent) for name, exponent in exponents.items()}
+            change = insert(exponents)
+        function.check(change)
+        scaled = Layers(model)
+        last = usable_rates(scaled, images, seed, draws=RATE_DRAWS)
+    except BaseException:
+        remove()
+        raise
+    report.rounds, report.output_change = 1, change
+    report.add_rates(first, last, {name: 2.0**exponent for name, exponent in exponents.items()})
+    return scaled
+
+
+def _layers_of_rows(layers: Layers, measurement: Measurement) -> dict[str, list[str]]:
+    """The layer of each row of each parameter; several layers may be rows of one."""
+    rows: dict[str, list[str]] = {}
+    for name, layer in measurement.layers.items():
+        for part in (layer.weight, layer.bias):
+            if part is not None:
+                owner, start = layers.rows(part)
+                names = rows.setdefault(owner, [name] * len(layers.model.get_parameter(owner)))
+                names[start or 0 : (start or 0) + len(part)] = [name] * len(part)
+    return rows
+
+
+@torch.no_grad()
+def _insert(model: nn.Module, parameter: str, factor: Tensor) -> list[tuple[nn.Module, str]]:
+    """Store `factor` (rows,) times a parameter and divide by it where the layer computes; what is parametrized anew."""
+    path, _, name = parameter.rpartition(".")
+    module, tensor = model.get_submodule(path), model.get_parameter(parameter)
+    factor = factor.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+    if isinstance(module, parametrize.ParametrizationList):  # there is a scaling already
+        module.original.mul_(factor)
+        module[0].factor.div_(factor)
+        return []
+    parametrize.register_parametrization(module, name, AuxiliaryScaling(1 / factor))
+    return [(module, name)]

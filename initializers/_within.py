@@ -1,0 +1,134 @@
+"""Algorithm 1: filters, and the within-layer normalisation of every channel.
+
+For each affine layer k in the order of execution, with filters W_k (section 3.3) and biases b_k = 0, take the mean
+mu(i) and the standard deviation sigma(i) of each output channel z_k(i) over the images and all positions. Then
+
+    W_k(i, :) <- W_k(i, :) / sigma(i)        b_k(i) <- beta - mu(i) / sigma(i)
+
+and go on to the next layer with the outputs that these give. The columns of a layer then learn at about one rate.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from initializers._filters import DATA_DRIVEN, draw_filters
+from initializers._graph import Graph
+from initializers._layers import Call, Layer, Layers, channel_statistics
+from initializers._model import InitializationError
+from initializers._report import LayerReport, Report
+from initializers._sweep import sweep
+
+
+def initialize_within(
+    layers: Layers,
+    inputs: tuple[Tensor, ...],
+    graph: Graph | None,
+    report: Report,
+    *,
+    filters: str | None,
+    normalise: bool,
+    beta: float,
+    factors: Mapping[str, float],
+    seed: int,
+) -> None:
+    """Filters and Algorithm 1 in one pass over all images; `report` gets a row for each layer.
+
+    Arguments as of `initialize`; `normalise` is its `within`, `beta` its `bias`.
+    """
+    generator = torch.Generator(inputs[0].device).manual_seed(seed)
+
+    def visit(call: Call, entering: Callable[[], list[Tensor]], compute: Callable[[], list[Tensor]]) -> None:
+        start = time.perf_counter()
+        layer = call.layer
+        row = LayerReport(layer.name, tuple(layer.weight.shape))
+        report.layers.append(row)
+        if filters is not None:
+            after_convolution = any(len(earlier.shape) > 2 for earlier in report.layers)
+            kind = "gaussian" if after_convolution and layer.linear and filters in DATA_DRIVEN else filters
+            centre = normalise and layer.bias is None and not layer.computed_bias
+            _set_filters(row, call, entering(), kind, centre, generator)
+            if row.filters == "gaussian" and not normalise:
+                layer.weight.mul_(factors.get(layer.name, 1.0))
+
+        outputs = compute()
+        mu, sigma = _statistics(layer, outputs)
+        row.mean_before, row.std_before = mu.mean().item(), sigma.mean().item()
+        if normalise:
+            row.add_note(_normalise_channels(layer, outputs, mu, sigma, beta))
+            mu, sigma = _statistics(layer, outputs)
+            row.mean_after, row.std_after = mu.mean().item(), sigma.mean().item()
+        row.seconds = time.perf_counter() - start
+
+    sweep(layers, inputs, graph, visit)
+
+
+def _set_filters(
+    row: LayerReport, call: Call, inputs: list[Tensor], kind: str, centre: bool, generator: torch.Generator
+) -> None:
+    try:
+        weights, row.filters, note = draw_filters(kind, call, inputs, generator, centre)
+    except InitializationError as error:
+        raise InitializationError(f"layer {call.layer.name}: {error}") from error
+    row.add_note(note)
+    call.layer.set_weight(weights)
+
+
+def _normalise_channels(layer: Layer, outputs: list[Tensor], mu: Tensor, sigma: Tensor, beta: float) -> str:
+    """Algorithm 1 for one layer; the outputs follow in place, as they are linear in weights and biases.
+
+    Args:
+        mu, sigma: of each output channel, (out_channels,).
+
+    Returns:
+        A note on groups of channels that do not vary on the images, because their few inputs are dead behind a ReLU:
+        their weights stay as they are.
+
+    Raises:
+        InitializationError: a channel does not vary beyond rounding.
+    """
+    dead = _dead_groups(layer, mu, sigma, sum(map(len, outputs)))
+    sigma = torch.where(dead.repeat_interleave(len(sigma) // layer.groups), 1.0, sigma)
+    layer.blocks.div_(sigma.view(layer.groups, -1, 1, 1))
+    shift = torch.zeros_like(mu)
+    if layer.bias is not None:
+        shift = beta - mu / sigma
+        factor = 1 if layer.factor is None else layer.factor  # what is stored times it is what the layer adds
+        layer.bias.copy_((layer.bias * factor - mu) / sigma / factor + beta / factor)
+    by_channel = (-1, *[1] * (0 if layer.linear else layer.weight.ndim - 2))
+    for output in outputs:
+        output.mul_((1 / sigma).view(by_channel)).add_(shift.view(by_channel))
+    return f"{int(dead.sum())} of {layer.groups} groups do not vary and keep their scale" if dead.any() else ""
+
+
+def _dead_groups(layer: Layer, mu: Tensor, sigma: Tensor, images: int) -> Tensor:
+    """Groups of which no channel varies, where others do; bool (groups,).
+
+    Raises:
+        InitializationError: another channel does not vary beyond rounding.
+    """
+    flat = sigma <= 1e-5 * mu.abs()
+    dead = flat.view(layer.groups, -1).all(1)
+    if dead.all():
+        dead = torch.zeros_like(dead)
+    flat = flat & ~dead.repeat_interleave(len(flat) // layer.groups)
+    if flat.any():
+        raise InitializationError(
+            f"layer {layer.name}: output channel {flat.nonzero()[0].item()} has zero variance on {images} image(s), so "
+            "it cannot be scaled; pass more, or more varied, images, or check for inputs that are always zero"
+        )
+    return dead
+
+
+def _statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel.
+
+    Raises:
+        InitializationError: a channel is not finite.
+    """
+    mean, std = channel_statistics(layer, outputs)
+    if not (torch.isfinite(mean) & torch.isfinite(std)).all():
+        raise InitializationError(f"layer {layer.name}: its output holds NaN or Inf; check the weights before it")
+    return mean, std
