@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> Parser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(usage=USAGE, description=__doc__, formatter_class=layout)
-    add, rgb = parser.add_argument, {"metavar": ("R", "G", "B"), "nargs": 3, "type": float}
+    add: Any = parser.add_argument
+    rgb = {"metavar": ("R", "G", "B"), "nargs": 3, "type": float}
     setting = {"metavar": "NAME=VALUE", "nargs": "+", "action": "extend", "type": assignment, "default": []}
     add("factory", metavar="FACTORY", help="callable that returns the network, such as torchvision.models:resnet18")
     add("--set", **setting, help="its keyword arguments: Python literals; anything else is a string")
@@ -179,10 +180,10 @@ def find_images(where: str, count: int, seed: int) -> list[Path]:
     """`count` of the images in a folder or matching a glob, drawn at random; all of them, where there are fewer."""
     where = os.path.expanduser(where)
     if os.path.isdir(where):
-        paths = [path for path in Path(where).rglob("*") if path.suffix.lower() in IMAGES]
+        found = [path for path in Path(where).rglob("*") if path.suffix.lower() in IMAGES]
     else:
-        paths = map(Path, glob.glob(where, recursive=True))
-    paths = sorted(path for path in paths if path.is_file())
+        found = [Path(path) for path in glob.glob(where, recursive=True)]
+    paths = sorted(path for path in found if path.is_file())
     if not paths:
         raise UserError(f"--images {where}: no images; give a folder with {' '.join(IMAGES)} files, or a quoted glob")
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))

@@ -68,10 +68,11 @@ def _layers_of_rows(layers: Layers, measurement: Measurement) -> dict[str, list[
     rows: dict[str, list[str]] = {}
     for name, layer in measurement.layers.items():
         for part in (layer.weight, layer.bias):
-            if part is not None:
-                owner, start = layers.rows(part)
+            found = None if part is None else layers.rows(part)
+            if part is not None and found is not None:
+                owner, start = found[0], found[1] or 0
                 names = rows.setdefault(owner, [name] * len(layers.model.get_parameter(owner)))
-                names[start or 0 : (start or 0) + len(part)] = [name] * len(part)
+                names[start : start + len(part)] = [name] * len(part)
     return rows
 
 
@@ -81,9 +82,10 @@ def _insert(model: nn.Module, parameter: str, factor: Tensor) -> list[tuple[nn.M
     path, _, name = parameter.rpartition(".")
     module, tensor = model.get_submodule(path), model.get_parameter(parameter)
     factor = factor.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
-    if isinstance(module, parametrize.ParametrizationList):  # there is a scaling already
-        module.original.mul_(factor)
-        module[0].factor.div_(factor)
+    if isinstance(module, parametrize.ParametrizationList):
+        (scaling,) = module  # there already
+        tensor.mul_(factor)
+        scaling.get_buffer("factor").div_(factor)
         return []
     parametrize.register_parametrization(module, name, AuxiliaryScaling(1 / factor))
     return [(module, name)]

@@ -31,12 +31,15 @@ def equalise_between(
     scales: Scales,
     report: Report,
     *,
-    method: str,
-    alpha: float,
+    damping: float | None,
     rate_images: int,
     seed: int,
 ) -> None:
-    """Algorithm 2 on the scales of a graph. Arguments as of `initialize`.
+    """Algorithm 2 on the scales of a graph.
+
+    Args:
+        damping: the paper's alpha, for ten damped steps; None solves it in one, repeated while LRN makes it inexact.
+        rate_images, seed: as in `initialize`.
 
     Raises:
         InitializationError: rates that cannot be equalised, or a function that does not stay.
@@ -51,16 +54,16 @@ def equalise_between(
 
     first = last = rates()
     total = torch.zeros(1 + scales.variables, dtype=torch.float64)  # log-scales
-    damping, steps = (1.0, 1 if exact else MAX_STEPS) if method == "balance" else (alpha, PAPER_STEPS)
+    steps = PAPER_STEPS if damping is not None else 1 if exact else MAX_STEPS
     for _ in range(steps):
-        u = damping * scales.equalising(last)
+        u = scales.equalising(last) * (1 if damping is None else damping)
         scales.apply(u)
         lrn.intend(u)
         total += u
         report.rounds += 1
         if report.rounds < steps or not exact:
             before, last = last.rates.spread, rates()
-            if method == "balance" and (last.rates.spread < SETTLED or last.rates.spread > 0.99 * before):
+            if damping is None and (last.rates.spread < SETTLED or last.rates.spread > 0.99 * before):
                 break
 
     change = function.change(scales.of_outputs(total))

@@ -104,7 +104,7 @@ def _mean_direction(call: Call, inputs: list[Tensor], generator: torch.Generator
     """Unit vectors (groups, patch, 1) along the mean patch of each group; 0 where nothing else varies."""
     groups, _, width, kernel = call.layer.blocks.shape
     positions = tuple(range(inputs[0].ndim - 1))
-    mean = sum(call.windows(x.detach()).sum(positions, dtype=torch.float32) for x in inputs)
+    mean = torch.as_tensor(sum(call.windows(x.detach()).sum(positions, dtype=torch.float32) for x in inputs))
     direction = F.normalize(mean.reshape(kernel, groups, width).transpose(0, 1).flatten(1), dim=1).unsqueeze(2)
     patches = draw_patches(call, inputs, MEAN_PATCHES, generator)
     patches -= patches.mean(1, keepdim=True)

@@ -8,11 +8,12 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from initializers._layers import AffineMode, Call, Layers, input_of, memory
+from initializers._layers import AffineMode, Call, Layer, Layers, input_of, memory
 from initializers._model import InitializationError, dropouts, outputs_of, tensors_of
 
 SIZES = (2, 3)  # of the recorded batches
@@ -66,7 +67,7 @@ class Operation:
     """
 
     name: str
-    func: Callable
+    func: Any  # of the methods of tensors some have no type of their own
     args: tuple
     kwargs: dict
     outputs: list[int]
@@ -143,21 +144,22 @@ class Graph:
         seen = set()
         start = 0
         for position, operation in enumerate(self.operations):
-            if operation.call is None or operation.call.layer.name in seen:
+            call = operation.call
+            if call is None or call.layer.name in seen:
                 continue
-            seen.add(operation.call.layer.name)
+            seen.add(call.layer.name)
             if any(map(_drops, self.operations[start:position])):
-                masks = self._masks(operation, sum(one.size for one in batches))
+                masks = self._masks(operation, call.layer, sum(one.size for one in batches))
                 batches = [one.copy() for one in batches for _ in range(masks)]
             for one in batches:
                 one.execute(range(start, position))
-            visit(operation.call, partial(_entering, operation, batches), partial(_compute, position, batches))
+            visit(call, partial(_entering, operation, batches), partial(_compute, position, batches))
             start = position + 1
 
-    def _masks(self, operation: Operation, images: int) -> int:
+    def _masks(self, operation: Operation, layer: Layer, images: int) -> int:
         """Under how many masks an affine layer behind dropout sees each of so many images."""
         values = images * self.shapes[operation.outputs[0]].numel() // SIZES[0]
-        return -(-SAMPLES * operation.call.layer.out_channels // values)
+        return -(-SAMPLES * layer.out_channels // values)
 
 
 @dataclass
@@ -273,14 +275,16 @@ class _Recorder(AffineMode):
             self.graph.constants[self.new(tensor, varying=False)] = tensor
         return self.values[id(tensor)]
 
-    def operation(self, func: Callable, args: tuple, kwargs: dict, call: Call | None):
+    def operation(self, func: Any, args: tuple, kwargs: dict, call: Call | None):
         name = func.__name__
         if name == "__iter__":
             return iter(self.operation(Tensor.unbind, args, kwargs, None))
         if name == "__get__":
             name = func.__self__.__name__
-        encoded = map_tree((args, kwargs), lambda leaf: Ref(self.value(leaf)) if isinstance(leaf, Tensor) else leaf)
-        step = Operation(name, func, *encoded, [], call, self.modules[-1] if self.modules else None)
+        args_of, kwargs_of = map_tree(
+            (args, kwargs), lambda leaf: Ref(self.value(leaf)) if isinstance(leaf, Tensor) else leaf
+        )
+        step = Operation(name, func, args_of, kwargs_of, [], call, self.modules[-1] if self.modules else None)
         varying = call is not None or any(index in self.graph.varying for index in step.inputs)
         output = func(*args, **kwargs)
         tensors = tensors_of(output)

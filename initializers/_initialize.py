@@ -16,7 +16,7 @@ from initializers._model import InitializationError, as_inputs, constants, uncha
 from initializers._propagate import Lrn, Outputs, propagate
 from initializers._report import Report
 from initializers._sweep import inactive_dropout, recorded
-from initializers._within import initialize_within
+from initializers._within import Within, initialize_within
 
 Method = Literal["balance", "paper"]
 Nonhomogeneous = Literal["pin", "scale"]
@@ -112,14 +112,14 @@ def initialize(
                 'the filters and normalise each layer only, or nonhomogeneous="scale"'
             ) from problem
         if filters is not None or within:
-            options = {"filters": filters, "normalise": within, "beta": bias, "factors": factors or {}}
-            initialize_within(layers, inputs, graph, report, seed=seed, **options)
+            rule = Within(filters, within, bias, factors or {}, seed)
+            initialize_within(layers, inputs, graph, rule, report)
         if between and nonhomogeneous == "scale":
             layers = insert_auxiliary(layers, inputs, rate_images, seed, report)
         elif between and graph is not None:
             scales = propagate(graph, lrn, outputs)
-            options = {"method": method, "alpha": alpha, "rate_images": rate_images}
-            equalise_between(layers, inputs, scales, report, seed=seed, **options)
+            damping = None if method == "balance" else alpha
+            equalise_between(layers, inputs, scales, report, damping=damping, rate_images=rate_images, seed=seed)
         _describe(layers, graph, report)
         report.unsaved = [name for name, value in constants(model).items() if value != before[name]]
     report.seconds = time.perf_counter() - start
@@ -142,8 +142,19 @@ def rescale(
 
     Arguments, report and errors are those of `initialize`.
     """
-    options = {"method": method, "alpha": alpha, "nonhomogeneous": nonhomogeneous, "lrn": lrn, "outputs": outputs}
-    return initialize(model, images, None, within=False, seed=seed, rate_images=rate_images, **options)
+    return initialize(
+        model,
+        images,
+        filters=None,
+        within=False,
+        seed=seed,
+        method=method,
+        alpha=alpha,
+        nonhomogeneous=nonhomogeneous,
+        lrn=lrn,
+        outputs=outputs,
+        rate_images=rate_images,
+    )
 
 
 def _describe(layers: Layers, graph: Graph | None, report: Report) -> None:

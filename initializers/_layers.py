@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import grad
 from torch.overrides import TorchFunctionMode
 
 from initializers._model import outputs_of
@@ -26,7 +27,7 @@ AFFINE = {
 }
 PIECE = 500_000  # values of a large tensor that are worked on at a time: 2 MB, which fit the cache
 # By the number of dimensions of the weight.
-_WEIGHT_GRADIENTS = {3: nn.grad.conv1d_weight, 4: nn.grad.conv2d_weight, 5: nn.grad.conv3d_weight}
+_WEIGHT_GRADIENTS = {3: grad.conv1d_weight, 4: grad.conv2d_weight, 5: grad.conv3d_weight}
 NO_LAYER = "the model has no affine layer (convolution or linear) that runs: there is nothing to initialize"
 MODULES = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -45,6 +46,8 @@ class AuxiliaryScaling(nn.Module):
 
     The factor has a value for each row, as the rows of a packed projection may be several layers.
     """
+
+    factor: Tensor
 
     def __init__(self, factor: Tensor) -> None:
         super().__init__()
@@ -186,7 +189,8 @@ class Layers:
     @cached_property
     def _factors(self) -> dict[int, Tensor]:
         scalings = [module for module in self.model.modules() if isinstance(module, AuxiliaryScaling)]
-        return {id(scaling.factor): scaling.factor for scaling in scalings}
+        factors = [scaling.get_buffer("factor") for scaling in scalings]
+        return {id(factor): factor for factor in factors}
 
     def owner(self, tensor: Tensor | None) -> str | None:
         """Name of the parameter that `tensor` is, or of which it is a view."""
@@ -207,7 +211,7 @@ class Layers:
             return None
         given = dict(zip(names, args, strict=False)) | kwargs
         weight, factor = _source(given["weight"], sources)
-        bias, _ = _source(given.get("bias"), sources)
+        bias, _ = (None, None) if given.get("bias") is None else _source(given["bias"], sources)
         name = self._name(weight)
         if name is None:
             return None
@@ -238,11 +242,13 @@ class Layers:
     def rows(self, tensor: Tensor) -> tuple[str, int | None] | None:
         """The parameter of which a tensor is the whole (None) or the rows from the given number on."""
         name, parameter = self._owner(tensor)
-        if name is None or tensor.shape[1:] != parameter.shape[1:] or tensor.stride() != parameter.stride():
+        if name is None or parameter is None:
+            return None
+        if tensor.shape[1:] != parameter.shape[1:] or tensor.stride() != parameter.stride():
             return None
         if tensor.shape == parameter.shape:
             return name, None
-        return name, (tensor.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+        return name, int(tensor.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
 
     def _name(self, weight: Tensor) -> str | None:
         found = self.rows(weight)
@@ -265,7 +271,7 @@ def overlap(one: Tensor, other: Tensor) -> bool:
     for tensor in (one, other):
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         ends.append((tensor.storage_offset(), tensor.storage_offset() + last))
-    return ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]
+    return bool(ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1])
 
 
 def layer_name(parameter: str) -> str:
@@ -358,7 +364,7 @@ def channel_statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Ten
     count = sum(part.shape[0] * part.shape[2] for part in parts)
     # Positions first, as they are contiguous, then images: many times faster than torch.var_mean, and as exact.
     precise = torch.promote_types(parts[0].dtype, torch.float32)
-    mean = sum(part.to(precise).sum(2).sum(0) for part in parts) / count
+    mean = torch.as_tensor(sum(part.to(precise).sum(2).sum(0) for part in parts)) / count
     squares = torch.zeros_like(mean)
     for part in parts:
         for piece in part.split(max(1, PIECE // part[0].numel())):  # a copy that fits the cache
@@ -366,16 +372,16 @@ def channel_statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Ten
     return mean, squares.div(count).sqrt()
 
 
-def _source(tensor: Tensor | None, sources: dict) -> tuple[Tensor | None, Tensor | None]:
+def _source(tensor: Tensor, sources: dict) -> tuple[Tensor, Tensor | None]:
     """The parameter, or its rows, of which an `AuxiliaryScaling` computed a tensor, and their factor; or the tensor.
 
     A layer may use a part of what was computed (the rows of a packed projection): it is found by its offset in memory.
     """
-    found = None if tensor is None else sources.get(memory(tensor))
+    found = sources.get(memory(tensor))
     if found is None or found[0].stride() != found[1].stride():
         return tensor, None
     computed, parameter, factor = found
-    offset = tensor.storage_offset() - computed.storage_offset()
+    offset = int(tensor.storage_offset() - computed.storage_offset())
     factor = factor.flatten()[offset // max(1, computed.stride(0))]
     if tensor is computed:
         return parameter, factor

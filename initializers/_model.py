@@ -10,7 +10,7 @@ CONSTANTS = ("eps", "alpha")  # of normalisation modules: the between-layer step
 ARITHMETIC = (  # of a GPU
     (torch.backends.cudnn, "deterministic", True),
     (torch.backends.cudnn, "benchmark", False),
-    (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+    (getattr(torch.backends.cudnn, "conv"), "fp32_precision", "ieee"),  # noqa: B009 (its stub lacks it)
     (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
 )
 
@@ -23,7 +23,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, without what runs it on several devices or compiled."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
+        model = model.get_submodule("module" if isinstance(model, wrappers) else "_orig_mod")
     return model
 
 
@@ -45,21 +45,7 @@ def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
     for name, parameter in model.named_parameters():
         if parameter.numel() and not _is_finite(parameter):
             raise InitializationError(f"parameter {name} holds NaN or Inf; initialize or load it again")
-    if isinstance(images, Tensor):
-        inputs = (images,)
-    elif isinstance(images, tuple) and images and all(isinstance(image, Tensor) for image in images):
-        inputs = images
-    elif not isinstance(images, Iterable):
-        raise InitializationError(f"images is a {type(images).__name__}: pass a float tensor or an iterable of batches")
-    else:
-        with torch.random.fork_rng(devices=[]):  # which a loader draws from
-            batches = [_first_tensor(batch) for batch in images]
-        if not batches:
-            raise InitializationError("images is empty: pass at least a few dozen real images")
-        if len({batch.shape[1:] for batch in batches}) > 1:
-            shapes = sorted({tuple(batch.shape[1:]) for batch in batches})
-            raise InitializationError(f"the batches hold images of different shapes {shapes}: resize them to one")
-        inputs = (torch.cat(batches),)
+    inputs = _tensors(images)
     for image in inputs:
         _check(image)
     if len({len(image) for image in inputs}) > 1:
@@ -67,6 +53,24 @@ def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
             f"the inputs have {', '.join(str(len(image)) for image in inputs)} rows: pass as many"
         )
     return tuple(image.detach().to(weight.device, weight.dtype) for image in inputs)
+
+
+def _tensors(images) -> tuple[Tensor, ...]:
+    """The images as one tensor for each input of the model; arguments and errors of `as_inputs`."""
+    if isinstance(images, Tensor):
+        return (images,)
+    if isinstance(images, tuple) and images and all(isinstance(image, Tensor) for image in images):
+        return images
+    if not isinstance(images, Iterable):
+        raise InitializationError(f"images is a {type(images).__name__}: pass a float tensor or an iterable of batches")
+    with torch.random.fork_rng(devices=[]):  # which a loader draws from
+        batches = [_first_tensor(batch) for batch in images]
+    if not batches:
+        raise InitializationError("images is empty: pass at least a few dozen real images")
+    if len({batch.shape[1:] for batch in batches}) > 1:
+        shapes = sorted({tuple(batch.shape[1:]) for batch in batches})
+        raise InitializationError(f"the batches hold images of different shapes {shapes}: resize them to one")
+    return (torch.cat(batches),)
 
 
 def _first_tensor(batch) -> Tensor:
@@ -111,8 +115,8 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
     arithmetic = [(backend, name, getattr(backend, name)) for backend, name, _ in ARITHMETIC]
     model.eval()
-    for module in dropouts(model).values():
-        module.train()
+    for dropout in dropouts(model).values():
+        dropout.train()
     try:
         for backend, name, value in ARITHMETIC:
             setattr(backend, name, value)
@@ -129,7 +133,7 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
             setattr(backend, name, value)
 
 
-def dropouts(model: nn.Module) -> dict[str, nn.Module]:
+def dropouts(model: nn.Module) -> dict[str, nn.modules.dropout._DropoutNd]:
     """The dropout modules of a model, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
 

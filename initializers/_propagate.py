@@ -10,14 +10,15 @@ move elements are applied to the labels as they are to the values. Equal scales 
 variables.
 """
 
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from initializers._graph import SIZES, Graph, Operation, Ref, map_tree, resolve
-from initializers._layers import input_of, memory, overlap
+from initializers._layers import Layer, input_of, memory, overlap
 from initializers._model import InitializationError, tensors_of
 from initializers._scales import PINNED, Norm, Scales, Use
 
@@ -122,7 +123,7 @@ class _Propagation:
     def _apply(self, operation: Operation, name: str) -> list[Tensor]:
         """Labels of the outputs."""
         if operation.call is not None:
-            return self._affine(operation)
+            return self._affine(operation, operation.call.layer)
         rule = self.rules.get(name)
         outputs = None if rule is None or not operation.args else rule(operation)
         return self._unknown(operation) if outputs is None else outputs
@@ -137,20 +138,21 @@ class _Propagation:
         if not isinstance(leaf, Ref):
             return _full(PINNED if leaf else ZERO, ())
         if leaf.index not in self.labels:
-            label = PINNED
-            if self._is_leaf(leaf.index):
+            label, parameter = PINNED, self._leaf(leaf.index)
+            if parameter is not None:
                 label = self.scales.new()
-                self.scales.leaves.append((self._parameter(leaf), label))
+                self.scales.leaves.append((parameter, label))
             self.labels[leaf.index] = _full(label, self.graph.shapes[leaf.index])
         return self.labels[leaf.index]
 
-    def _is_leaf(self, index: int) -> bool:
-        """Whether a value is a parameter of its own, which may take any scale."""
+    def _leaf(self, index: int) -> Tensor | None:
+        """The parameter that a value is, if it is one of its own, which may take any scale."""
         parameter = self._parameter(Ref(index))
-        return parameter is not None and self.graph.layers.owner(parameter) not in self.affine
+        owned = parameter is None or self.graph.layers.owner(parameter) in self.affine
+        return None if owned else parameter
 
     def _is_followed(self, index: int) -> bool:
-        return index in self.graph.varying or index in self.labels or self._is_leaf(index)
+        return index in self.graph.varying or index in self.labels or self._leaf(index) is not None
 
     def _varies(self, leaf) -> bool:
         return isinstance(leaf, Ref) and leaf.index in self.graph.varying
@@ -165,7 +167,11 @@ class _Propagation:
             self.scales.constrain((int(label), 1))
 
     def _merge(self, one: Tensor, other: Tensor) -> Tensor:
-        """Force two values to the same scales, element by element; their common labels."""
+        """Force two values to the same scales, element by element; their common labels.
+
+        Zero has any scale: there the other's label counts. Of dimensions along which both are expanded one element is
+        looked at, and of all elements only the pairs that differ: each is one constraint.
+        """
         one, other = torch.broadcast_tensors(one, other)
         merged = torch.where(one == ZERO, other, one)
         for dimension in range(one.ndim):
@@ -210,7 +216,11 @@ class _Propagation:
         return [self._of(operation.args[0])]
 
     def _move(self, operation: Operation) -> list[Tensor] | None:
-        """The operation itself, on the labels; shifted, so that zeros which it fills in are the label of zero."""
+        """The operation itself, on the labels.
+
+        They are shifted by one: what an operation fills in are zeros (padding, for instance), which become the label
+        `ZERO` = -1 when the shift is undone.
+        """
         data = {operation.args[0].index} if isinstance(operation.args[0], Ref) else set(operation.inputs)
         if operation.name == "pad" and not self._pads_with_zeros(operation):
             return None
@@ -228,7 +238,8 @@ class _Propagation:
 
         args, kwargs = map_tree((operation.args, operation.kwargs), labels)
         # Labels that are expanded have other strides than the values, so that a view of them may need a copy.
-        func = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}.get(operation.name, operation.func)
+        copying: dict[str, Any] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
+        func = copying.get(operation.name, operation.func)
         return [moved - 1 for moved in tensors_of(func(*args, **kwargs))]
 
     def _pads_with_zeros(self, operation: Operation) -> bool:
@@ -327,8 +338,7 @@ class _Propagation:
         self._overwrite(target.index, labels)
         return []
 
-    def _affine(self, operation: Operation) -> list[Tensor]:
-        layer = operation.call.layer
+    def _affine(self, operation: Operation, layer: Layer) -> list[Tensor]:
         labels = self._of(input_of(operation.args, operation.kwargs))
         channel = labels.ndim - 1 if layer.linear else labels.ndim - layer.weight.ndim + 1
         vector = self._uniform(labels, [d for d in range(labels.ndim) if d != channel]).flatten().long().clamp_min(0)
@@ -431,30 +441,35 @@ class _Propagation:
                 self.others.setdefault(memory(tensor), []).append(tensor)
 
     def _respect_other_uses(self) -> None:
-        """Leave alone what two would scale, and what is used in a way that scales nothing."""
-        scaled: dict[int, list[tuple[Tensor, set[tuple[int, int]]]]] = {}  # by memory; with labels that go out and in
+        """Leave alone what two would scale, and what is used in a way that scales nothing.
 
-        def scales(tensor: Tensor | None, output: int, *incoming: int) -> None:
-            if tensor is not None:
-                pairs = {(output, label) for label in incoming or (PINNED,)}
-                scaled.setdefault(memory(tensor), []).append((tensor, pairs))
-
-        for use in self.scales.uses:
-            scales(use.layer.weight, use.output, *use.incoming.flatten().tolist())
-            scales(use.layer.bias, use.output)
-        for norm in self.scales.norms:
-            for tensor in (norm.weight, norm.bias, norm.mean, norm.variance):
-                scales(tensor, norm.output, PINNED, *norm.incoming.tolist())
-        for parameter, label in self.scales.leaves:
-            scales(parameter, label)
-        for parameter, incoming, output in self.scales.gains:
-            scales(parameter, output, *incoming.flatten().tolist())
-        for address, group in scaled.items():
-            others = self.others.get(address, [])
+        A part of memory that several would scale (tied weights, rows of one parameter), or that `others` use, keeps its
+        values: whatever goes out of it has the scale of what comes in.
+        """
+        by_memory: dict[int, list[tuple[Tensor, set[tuple[int, int]]]]] = {}
+        for tensor, pairs in self._scaled():
+            by_memory.setdefault(memory(tensor), []).append((tensor, pairs))
+        for address, group in by_memory.items():
+            users = [*self.others.get(address, []), *(tensor for tensor, _ in group)]  # each tensor is one of its own
             for tensor, pairs in group:
-                if sum(overlap(tensor, other) for other in [*others, *(other for other, _ in group)]) > 1:
+                if sum(overlap(tensor, user) for user in users) > 1:
                     for output, label in pairs:
                         self.scales.constrain((output, 1), (label, -1))
+
+    def _scaled(self) -> Iterator[tuple[Tensor, set[tuple[int, int]]]]:
+        """What the scales would multiply, with the labels that go out of it and come in."""
+        found: list[tuple[Tensor | None, int, Iterable[int]]] = []
+        for use in self.scales.uses:
+            found.append((use.layer.weight, use.output, use.incoming.flatten().tolist()))
+            found.append((use.layer.bias, use.output, [PINNED]))
+        for norm in self.scales.norms:
+            parts = (norm.weight, norm.bias, norm.mean, norm.variance)
+            found += [(part, norm.output, [PINNED, *norm.incoming.tolist()]) for part in parts]
+        found += [(parameter, label, [PINNED]) for parameter, label in self.scales.leaves]
+        found += [(gain, output, incoming.flatten().tolist()) for gain, incoming, output in self.scales.gains]
+        for tensor, output, labels in found:
+            if tensor is not None:
+                yield tensor, {(output, label) for label in labels}
 
 
 _NORM_ARGUMENTS = {

@@ -131,7 +131,7 @@ def measure(
         apart: measure the top gradient of each output of the model by itself.
     """
     generator = torch.Generator(inputs[0].device).manual_seed(seed)
-    count, first = len(inputs[0]), 0
+    count = len(inputs[0])
     if layers.per_image is None:
         layers.per_image = _rows_are_images(layers, inputs)
     batch = IMAGES_AT_A_TIME if layers.per_image else 1
@@ -139,28 +139,13 @@ def measure(
     squares: dict[str, Tensor] = {}
     used: dict[str, Layer] = {}
     tops = []
-    while first < count:
+    for first in range(0, count, batch):
         part = slice(first, first + batch)
         images = len(inputs[0][part])
-        calls: list[tuple[Call, Tensor, Tensor]] = []
-
-        def record(call, x, compute, calls=calls, visit=before if first == 0 else None):
-            if visit is not None and all(call.layer is not other.layer for other, _, _ in calls):
-                with torch.no_grad():
-                    visit(call, x)
-            output = compute()
-            if not output.requires_grad:  # frozen so far: start the graph here
-                output = output.detach().requires_grad_()
-            calls.append((call, x.detach(), output))
-            return output.clone()  # what follows may work in place
-
-        with torch.enable_grad():
-            top = forward(layers, tuple(x[part] for x in inputs), record)
-            if not calls:
-                raise InitializationError(NO_LAYER)
+        calls, top = _with_graph(layers, tuple(x[part] for x in inputs), before if first == 0 else None)
         used |= {call.layer.name: call.layer for call, *_ in calls}
         together = [[output] for output in top] if apart else [top]
-        together = [[output for output in group if output.requires_grad] for group in together]  # of weights
+        together = [[output for output in group if output.requires_grad] for group in together]  # others: of no weights
         for draw in range(draws):
             for number, group in enumerate(together):
                 noise = [eta[part].to(top[0])] if eta is not None else [_like(output, generator) for output in group]
@@ -172,7 +157,6 @@ def measure(
         if missing is not None:
             raise InitializationError(f"layer {missing}: the output of the model does not depend on it")
         tops.append(torch.cat([output.detach().flatten(1) for output in top if output.requires_grad], 1))
-        first += images
     for name, layer in used.items():
         if layer.factor is not None:  # what is stored is what learns
             squares[name] *= layer.factor.item() ** 2
@@ -201,6 +185,29 @@ def usable_rates(
     if still is not None:
         raise InitializationError(f"layer {still}: no gradient reaches its weights on these images; initialize it")
     return measurement
+
+
+def _with_graph(
+    layers: Layers, inputs: tuple[Tensor, ...], before: Callable[[Call, Tensor], None] | None
+) -> tuple[list[tuple[Call, Tensor, Tensor]], list[Tensor]]:
+    """A forward pass whose gradients can be taken: each call with its input and output, and the model's outputs."""
+    calls: list[tuple[Call, Tensor, Tensor]] = []
+
+    def visit(call: Call, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        if before is not None and all(call.layer is not other.layer for other, _, _ in calls):
+            with torch.no_grad():
+                before(call, x)
+        output = compute()
+        if not output.requires_grad:  # frozen so far: start the graph here
+            output = output.detach().requires_grad_()
+        calls.append((call, x.detach(), output))
+        return output.clone()  # what follows may work in place
+
+    with torch.enable_grad():
+        top = forward(layers, inputs, visit)
+    if not calls:
+        raise InitializationError(NO_LAYER)
+    return calls, top
 
 
 def _gradients(
@@ -282,5 +289,5 @@ def _column_squares(layer: Layer, uses: list[tuple[Call, Tensor, Tensor]], image
     for image in range(images):
         part = slice(None) if images == 1 else slice(image, image + 1)
         gradients = [call.weight_gradient(x[part].float(), gradient[part].float()) for call, x, gradient in uses]
-        total += layer.as_blocks(sum(gradients)).square().sum((1, 3))
+        total += layer.as_blocks(torch.as_tensor(sum(gradients))).square().sum((1, 3))
     return total.cpu() / (outputs * kernel)

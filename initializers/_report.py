@@ -144,7 +144,8 @@ def _some(names: list[str]) -> str:
 
 
 def _spread(rates: list[float | None]) -> float | None:
-    return None if None in rates or not rates else max(rates) / min(rates)
+    known = [rate for rate in rates if rate is not None]
+    return max(known) / min(known) if known and len(known) == len(rates) else None
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

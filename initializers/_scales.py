@@ -9,9 +9,10 @@ whatever its input had. Whatever the u, the network computes the same function. 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from initializers._layers import Layer
 from initializers._model import InitializationError
@@ -40,7 +41,7 @@ class Norm:
     output: int
     weight: Tensor | None
     bias: Tensor | None
-    module: nn.Module | None = None  # whose eps is scaled along
+    module: Any = None  # whose eps is scaled along
     mean: Tensor | None = None  # running statistics
     variance: Tensor | None = None
     eps: float = 0.0
@@ -70,7 +71,7 @@ class Scales:
     norms: list[Norm] = field(default_factory=list)
     leaves: list[tuple[Tensor, int]] = field(default_factory=list)
     gains: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
-    lrns: list[tuple[nn.Module, int]] = field(default_factory=list)
+    lrns: list[tuple[Any, int]] = field(default_factory=list)
     through_lrn: dict[int, int] = field(default_factory=dict)
     outputs: list[int] = field(default_factory=list)
     degrees: dict[int, float] = field(default_factory=dict)
@@ -137,7 +138,11 @@ class Scales:
         return u
 
     def powers_of_two(self, measurement: Measurement, u: Tensor) -> Tensor:
-        """Multiples of log 2 near the optimal log-scales u, changed one by one as long as the rates come closer."""
+        """Multiples of log 2 near the optimal log-scales u, changed one by one as long as the rates come closer.
+
+        Scales that must be equal (a class) are rounded together, from their mean. Then, again and again, the one class
+        whose step up or down by a factor of two lowers the variance of the logs of the rates most takes that step.
+        """
         classes = self._classes()
         sizes = classes.sum(1)
         floors = torch.where(classes > 0, self._floors(), -math.inf).amax(1)
@@ -162,12 +167,13 @@ class Scales:
         """The least exponent of two of each variable that a BatchNorm behind it takes without rounding anything.
 
         Its eps cannot be scaled: sooner or later no v' makes v' + eps what it ought to be. Float64 (1 + variables,).
+        Tried for one power after the other: as many are fine as come before the first that is not.
         """
         floors = torch.full((1 + self.variables,), -math.inf, dtype=torch.float64)
         factors = torch.arange(0, -MAX_EXPONENT, -1, dtype=torch.float64).exp2().unsqueeze(1)
         for norm in self.norms:
             if norm.variance is not None:
-                variance, total = _scaled_variance(norm, factors)
+                variance, total = _scaled_variance(norm.variance, norm.eps, factors)
                 exact = (variance + norm.eps == total).cumprod(0).sum(0).cpu()
                 least = (1.0 - exact).clamp_max(0).to(floors)
                 floors.scatter_reduce_(0, norm.incoming.expand_as(least), least, "amax")
@@ -259,12 +265,12 @@ def _scale_norm(norm: Norm, u: Tensor) -> None:
         InitializationError: there is no weight to do so.
     """
     incoming, outgoing = u[norm.incoming].exp(), u[norm.output].exp().item()
-    correction = 1.0
-    if norm.variance is not None:
-        variance, total = _scaled_variance(norm, incoming)
+    correction: float | Tensor = 1.0
+    if norm.mean is not None and norm.variance is not None:
+        variance, total = _scaled_variance(norm.variance, norm.eps, incoming)
         norm.mean.copy_(norm.mean * incoming.to(total))
         norm.variance.copy_(variance)
-        correction = ((norm.variance + norm.eps) / total).sqrt()
+        correction = ((variance + norm.eps) / total).sqrt()
         if norm.weight is None and (total < norm.eps).any():
             raise InitializationError(
                 f"a BatchNorm without weights has eps {norm.eps}, too large for an input scaled by "
@@ -278,13 +284,13 @@ def _scale_norm(norm: Norm, u: Tensor) -> None:
         norm.bias.mul_(outgoing)
 
 
-def _scaled_variance(norm: Norm, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled_variance(variance: Tensor, eps: float, factor: Tensor) -> tuple[Tensor, Tensor]:
     """The running variance v' of BatchNorm for an input that is `factor` times larger, and what v' + eps ought to be.
 
     Both in the shape that the factor and the running variance have together; v' in the latter's dtype.
     """
-    factor = factor.to(norm.variance.device, torch.promote_types(norm.variance.dtype, torch.float32))
-    total = factor**2 * (norm.variance.to(factor.dtype) + norm.eps)
-    variance = (total - norm.eps).clamp_min(0).to(norm.variance.dtype)
+    factor = factor.to(variance.device, torch.promote_types(variance.dtype, torch.float32))
+    total = factor**2 * (variance.to(factor.dtype) + eps)
+    scaled = (total - eps).clamp_min(0).to(variance.dtype)
     # One step of refinement: rounding would otherwise show in networks that amplify it.
-    return variance.add_(total - (variance + norm.eps)).clamp_(min=0), total
+    return scaled.add_(total - (scaled + eps)).clamp_(min=0), total

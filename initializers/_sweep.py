@@ -39,7 +39,12 @@ def sweep(layers: Layers, inputs: tuple[Tensor, ...], graph: Graph | None, visit
             return compute()
         seen.add(call.layer)
         outputs: list[Tensor] = []
-        visit(call, lambda: [x], lambda: outputs.append(compute()) or outputs)
+
+        def compute_batch() -> list[Tensor]:
+            outputs.append(compute())
+            return outputs
+
+        visit(call, lambda: [x], compute_batch)
         return outputs[0]
 
     def note(call: Call, entering: Callable[[], list[Tensor]], compute: Callable[[], list[Tensor]]) -> None:

@@ -10,6 +10,7 @@ and go on to the next layer with the outputs that these give. The columns of a l
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,42 +23,41 @@ from initializers._report import LayerReport, Report
 from initializers._sweep import sweep
 
 
-def initialize_within(
-    layers: Layers,
-    inputs: tuple[Tensor, ...],
-    graph: Graph | None,
-    report: Report,
-    *,
-    filters: str | None,
-    normalise: bool,
-    beta: float,
-    factors: Mapping[str, float],
-    seed: int,
-) -> None:
-    """Filters and Algorithm 1 in one pass over all images; `report` gets a row for each layer.
+@dataclass(frozen=True)
+class Within:
+    """What layers get, as in `initialize`; `normalise` is its `within`, `beta` its `bias`."""
 
-    Arguments as of `initialize`; `normalise` is its `within`, `beta` its `bias`.
-    """
-    generator = torch.Generator(inputs[0].device).manual_seed(seed)
+    filters: str | None
+    normalise: bool
+    beta: float
+    factors: Mapping[str, float]
+    seed: int
+
+
+def initialize_within(
+    layers: Layers, inputs: tuple[Tensor, ...], graph: Graph | None, rule: Within, report: Report
+) -> None:
+    """Filters and Algorithm 1 in one pass over all images; `report` gets a row for each layer."""
+    generator = torch.Generator(inputs[0].device).manual_seed(rule.seed)
 
     def visit(call: Call, entering: Callable[[], list[Tensor]], compute: Callable[[], list[Tensor]]) -> None:
         start = time.perf_counter()
         layer = call.layer
         row = LayerReport(layer.name, tuple(layer.weight.shape))
         report.layers.append(row)
-        if filters is not None:
+        if rule.filters is not None:
             after_convolution = any(len(earlier.shape) > 2 for earlier in report.layers)
-            kind = "gaussian" if after_convolution and layer.linear and filters in DATA_DRIVEN else filters
-            centre = normalise and layer.bias is None and not layer.computed_bias
+            kind = "gaussian" if after_convolution and layer.linear and rule.filters in DATA_DRIVEN else rule.filters
+            centre = rule.normalise and layer.bias is None and not layer.computed_bias
             _set_filters(row, call, entering(), kind, centre, generator)
-            if row.filters == "gaussian" and not normalise:
-                layer.weight.mul_(factors.get(layer.name, 1.0))
+            if row.filters == "gaussian" and not rule.normalise:
+                layer.weight.mul_(rule.factors.get(layer.name, 1.0))
 
         outputs = compute()
         mu, sigma = _statistics(layer, outputs)
         row.mean_before, row.std_before = mu.mean().item(), sigma.mean().item()
-        if normalise:
-            row.add_note(_normalise_channels(layer, outputs, mu, sigma, beta))
+        if rule.normalise:
+            row.add_note(_normalise_channels(layer, outputs, mu, sigma, rule.beta))
             mu, sigma = _statistics(layer, outputs)
             row.mean_after, row.std_after = mu.mean().item(), sigma.mean().item()
         row.seconds = time.perf_counter() - start
