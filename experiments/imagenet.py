@@ -49,16 +49,9 @@ AUXILIARY_WEIGHT = 0.3  # of each auxiliary loss; BVLC/caffe, models/bvlc_google
 @hydra.main(version_base="1.3", config_path="../configs", config_name="imagenet")
 @run.one_line_errors
 def main(cfg: DictConfig) -> None:
-    if cfg.published and line_of(cfg, cfg.published) is None:
-        print(f"not run: {cfg.published} of the paper has no such line; published=null runs it too")
-        return
-    device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
-    with distributed.processes(device):
-        folder = run.run_folder(cfg)
-        record = folder / "record.json"
-        if not run.is_done(record):
-            with run.open_folder(folder) if distributed.rank() == 0 else contextlib.nullcontext():
-                run_here(cfg, folder, record, device)
+    no_line = cfg.published and line_of(cfg, cfg.published) is None
+    reason = f"{cfg.published} of the paper has no such line; published=null runs it too" if no_line else ""
+    run.execute(cfg, train_and_validate, left_out=reason)
 
 
 def line_of(cfg: Mapping, figure: str) -> str | None:
@@ -73,7 +66,7 @@ def line_of(cfg: Mapping, figure: str) -> str | None:
     return LINES[figure].get((run.init_key(cfg["init"]), cfg["model"].get(choice)))
 
 
-def run_here(cfg: DictConfig, folder: Path, record: Path, device: torch.device) -> None:
+def train_and_validate(cfg: DictConfig, folder: Path, device: torch.device) -> None:
     """The run, or the part of it that is this process's."""
     distributed.from_first(lambda: prepare(cfg.data))  # and the folder is there
     training, validation = read_folders(cfg.data)
@@ -102,30 +95,37 @@ def run_here(cfg: DictConfig, folder: Path, record: Path, device: torch.device) 
 
     began = time.perf_counter()
     model.eval()
-    loss, top1, top5 = validate()
+    metrics = dict(zip(("loss", "top1", "top5"), validate(), strict=True))
     times = {"init": start["seconds"], "train": train_seconds, "evaluate": time.perf_counter() - began}
     if distributed.rank() == 0:
-        bad_images = {part: len({*path.read_text().splitlines()}) if path.exists() else 0 for part, path in bad.items()}
-        run.write_record(
-            record,
-            cfg,
-            device,
-            data=f"{cfg.data.name}, {len(training.classes)} classes, {len(images)} + {len(others)} images",
-            metrics={"loss": loss, "top1": top1, "top5": top5},
-            times=times,
-            processes=distributed.size(),
-            epoch=len(images) / cfg.train.batch_size,
-            bad_images=bad_images,
-            curve="curve.csv",
-            validation="validation.csv",
-            init_report=start["report"],
-        )
-        print(f"\nvalidation: loss {loss:.3f}, top-1 {100 * top1:.1f} %, top-5 {100 * top5:.1f} %")
-        print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in times.items()))
-        for part, count in bad_images.items():
-            if count:
-                print(f"{count} images of {part} could not be decoded and were left out: {bad[part]}")
-        print(record)
+        about = {
+            "data": f"{cfg.data.name}, {len(training.classes)} classes, {len(images)} + {len(others)} images",
+            "epoch": len(images) / cfg.train.batch_size,
+            "init_report": start["report"],
+        }
+        report(cfg, folder, device, metrics, times, bad, about)
+
+
+def report(
+    cfg: DictConfig,
+    folder: Path,
+    device: torch.device,
+    metrics: dict[str, float],
+    times: dict[str, float],
+    bad: dict[str, Path],
+    about: dict,
+) -> None:
+    """Write the record and print what came out; `bad` are the lists of images that could not be decoded."""
+    counts = {part: len({*path.read_text().splitlines()}) if path.exists() else 0 for part, path in bad.items()}
+    curves = {"curve": "curve.csv", "validation": "validation.csv"}
+    about |= {"processes": distributed.size(), "bad_images": counts, **curves}
+    run.write_record(folder / "record.json", cfg, device, metrics=metrics, times=times, **about)
+    top1, top5 = (100 * metrics[name] for name in ("top1", "top5"))
+    print(f"\nvalidation: loss {metrics['loss']:.3f}, top-1 {top1:.1f} %, top-5 {top5:.1f} %")
+    print(run.spent(times))
+    for part, count in counts.items():
+        if count:
+            print(f"{count} images of {part} could not be decoded and were left out: {bad[part]}")
 
 
 def workers_of(cfg: DictConfig) -> int:
@@ -159,15 +159,15 @@ def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
     zero = cfg.zero_classifiers and cfg.init.method not in ("caffe", "pretrained")
     # The scale of the outputs is gone with the classifiers.
     init = {**cfg.init, "outputs": "free"} if zero and cfg.init.method == "initialize" else cfg.init
-    report = set_weights(Classifiers(model) if together else model, init, chosen, cfg.seed)
+    found = set_weights(Classifiers(model) if together else model, init, chosen, cfg.seed)
     seconds = time.perf_counter() - began
     if zero:
         for name in model.heads:
             for parameter in model.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
-    if report is not None:
-        print(report, flush=True)
-    return {"report": None if report is None else report.to_dict(), "seconds": seconds}
+    if found is not None:
+        print(found, flush=True)
+    return {"report": None if found is None else found.to_dict(), "seconds": seconds}
 
 
 class Classifiers(nn.Module):

@@ -32,41 +32,37 @@ POSITIONS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1
 @hydra.main(version_base="1.3", config_path="../configs", config_name="pretrain")
 @run.one_line_errors
 def main(cfg: DictConfig) -> None:
-    folder = run.run_folder(cfg)
-    weights = folder / "weights.safetensors"
-    if run.is_done(weights):
-        return
-    device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
-    with run.open_folder(folder):
-        prepare(cfg.data)
-        training, test = (open_split(cfg.data, cfg.data[part], device)[1] for part in ("train", "test"))
-        options = {"size": cfg.crop.size, "mean": tuple(cfg.data.mean), **cfg.patches}
-        trunk = instantiate(cfg.model).to(device)
-        if not run.has_checkpoint(folder):
-            images = choose(cfg, "init", training, range(len(training))) if "images" in cfg.init else None
-            print(set_weights(trunk, cfg.init, images, cfg.seed) or "")
-        torch.manual_seed(cfg.seed)  # of the last layer and of dropout
-        model = Pairs(trunk).to(device)
-        pairs = PatchPairs(training, batch_size=cfg.train.batch_size, seed=cfg.seed, **options)
-        train_seconds = train_as(cfg, model, F.cross_entropy, pairs, folder)
-        began = time.perf_counter()
-        accuracy = evaluate(model, test, options, cfg.evaluate, cfg.seed)
-        times = {"train": train_seconds, "evaluate": time.perf_counter() - began}
-        data = f"{cfg.data.name}, {len(training)} + {len(test)} images"
-        run.write_record(
-            folder / "record.json",
-            cfg,
-            device,
-            data=data,
-            metrics={"accuracy": accuracy},
-            times=times,
-            curve="curve.csv",
-        )
-        fold_batch_norm(trunk)
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in trunk.state_dict().items()}
-        run.write_bytes(weights, save(tensors))
+    run.execute(cfg, train_and_test, result="weights.safetensors")
+
+
+def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
+    """The run: its record and the weights of the network."""
+    prepare(cfg.data)
+    training, test = (open_split(cfg.data, cfg.data[part], device)[1] for part in ("train", "test"))
+    options = {"size": cfg.crop.size, "mean": tuple(cfg.data.mean), **cfg.patches}
+    trunk = instantiate(cfg.model).to(device)
+    if not run.has_checkpoint(folder):
+        images = choose(cfg, "init", training, range(len(training))) if "images" in cfg.init else None
+        print(set_weights(trunk, cfg.init, images, cfg.seed) or "")
+    torch.manual_seed(cfg.seed)  # of the last layer and of dropout
+    model = Pairs(trunk).to(device)
+    pairs = PatchPairs(training, batch_size=cfg.train.batch_size, seed=cfg.seed, **options)
+    train_seconds = train_as(cfg, model, F.cross_entropy, pairs, folder)
+    began = time.perf_counter()
+    accuracy = evaluate(model, test, options, cfg.evaluate, cfg.seed)
+    run.write_record(
+        folder / "record.json",
+        cfg,
+        device,
+        data=f"{cfg.data.name}, {len(training)} + {len(test)} images",
+        metrics={"accuracy": accuracy},
+        times={"train": train_seconds, "evaluate": time.perf_counter() - began},
+        curve="curve.csv",
+    )
+    fold_batch_norm(trunk)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in trunk.state_dict().items()}
+    run.write_bytes(folder / "weights.safetensors", save(tensors))
     print(f"{100 * accuracy:.1f} % of the positions are right, chance is {100 / len(POSITIONS):.1f} %")
-    print(weights)
 
 
 class Pairs(nn.Module):

@@ -32,50 +32,45 @@ PAPER = Path(__file__).resolve().parents[1] / "results" / "paper"
 @hydra.main(version_base="1.3", config_path="../configs", config_name="voc_cls")
 @run.one_line_errors
 def main(cfg: DictConfig) -> None:
-    if cfg.published and (reason := left_out(cfg)):
-        print(f"not run: {reason}")
-        return
-    folder = run.run_folder(cfg)
-    record = folder / "record.json"
-    if run.is_done(record):
-        return
-    device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
-    with run.open_folder(folder):
-        prepare(cfg.data)
-        training, training_cache = open_split(cfg.data, cfg.data.train, device)
-        test, test_cache = open_split(cfg.data, cfg.data.test, device)
-        crops = {"mean": tuple(cfg.data.mean), **cfg.crop}
-        model = instantiate(cfg.model).to(device)
+    run.execute(cfg, train_and_test, left_out=left_out(cfg) if cfg.published else "")
 
-        start = once(folder, lambda: initialize(cfg, model, training_cache, training))
-        torch.manual_seed(cfg.seed)  # of dropout
-        batches = CropBatches(training_cache, training.labels, **crops, batch_size=cfg.train.batch_size, seed=cfg.seed)
-        train_seconds = train_as(cfg, model, multilabel_loss, batches, folder)
 
-        began = time.perf_counter()
-        scores = predict(model, test_cache, **crops, **cfg.evaluate, seed=cfg.seed)
-        precision = average_precision(scores, test.labels)
-        times = {"init": start["seconds"], "train": train_seconds, "evaluate": time.perf_counter() - began}
+def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
+    """The run: its record, and what of it is printed."""
+    prepare(cfg.data)
+    training, training_cache = open_split(cfg.data, cfg.data.train, device)
+    test, test_cache = open_split(cfg.data, cfg.data.test, device)
+    crops = {"mean": tuple(cfg.data.mean), **cfg.crop}
+    model = instantiate(cfg.model).to(device)
 
-        metrics = {name: precision[name] for name in ("map_step", "map_voc11")}
-        per_class = pd.DataFrame({kind: precision[kind] for kind in ("step", "voc11")}, index=CLASSES)
-        run.write_record(
-            record,
-            cfg,
-            device,
-            data=describe(cfg.data.name, training_cache, test_cache),
-            metrics=metrics,
-            per_class=per_class.astype(object).where(per_class.notna(), None).T.to_dict(),
-            times=times,
-            curve="curve.csv",
-            init_report=start["report"],
-            change_rate=start["change_rate"],
-        )
+    start = once(folder, lambda: initialize(cfg, model, training_cache, training))
+    torch.manual_seed(cfg.seed)  # of dropout
+    batches = CropBatches(training_cache, training.labels, **crops, batch_size=cfg.train.batch_size, seed=cfg.seed)
+    train_seconds = train_as(cfg, model, multilabel_loss, batches, folder)
+
+    began = time.perf_counter()
+    scores = predict(model, test_cache, **crops, **cfg.evaluate, seed=cfg.seed)
+    precision = average_precision(scores, test.labels)
+    times = {"init": start["seconds"], "train": train_seconds, "evaluate": time.perf_counter() - began}
+
+    metrics = {name: precision[name] for name in ("map_step", "map_voc11")}
+    per_class = pd.DataFrame({kind: precision[kind] for kind in ("step", "voc11")}, index=CLASSES)
+    run.write_record(
+        folder / "record.json",
+        cfg,
+        device,
+        data=describe(cfg.data.name, training_cache, test_cache),
+        metrics=metrics,
+        per_class=per_class.astype(object).where(per_class.notna(), None).T.to_dict(),
+        times=times,
+        curve="curve.csv",
+        init_report=start["report"],
+        change_rate=start["change_rate"],
+    )
     per_class.loc["mean"] = list(metrics.values())
     print(f"\naverage precision on {cfg.data.test} of {cfg.data.name}, percent")
     print((100 * per_class).to_string(float_format="%.1f"))
-    print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in times.items()))
-    print(record)
+    print(run.spent(times))
 
 
 def multilabel_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -39,60 +39,57 @@ FIRST_PIXEL = 1  # the devkit counts from 1
 @hydra.main(version_base="1.3", config_path="../configs", config_name="voc_det")
 @run.one_line_errors
 def main(cfg: DictConfig) -> None:
-    if cfg.published and (reason := absent_weights(cfg.init)):
-        print(f"not run: {reason}")
-        return
-    folder = run.run_folder(cfg)
-    record = folder / "record.json"
-    if run.is_done(record):
-        return
-    device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
-    with run.open_folder(folder):
-        prepare(cfg.data)
-        training, cache = open_split(cfg.data, cfg.data.train, device)
-        test, test_cache = open_split(cfg.data, cfg.data.test, device)
-        objects, truth = (objects_of(cfg, split) for split in (training, test))
-        proposals, recall = proposals_of(cfg, cfg.data.train, training, cache, objects)
-        test_proposals, test_recall = proposals_of(cfg, cfg.data.test, test, test_cache, truth)
+    run.execute(cfg, train_and_test, left_out=absent_weights(cfg.init) if cfg.published else "")
 
-        rois = detection.make_rois(proposals, [(found.boxes, found.classes) for found in objects])
-        model = FastRCNN(instantiate(cfg.model), len(CLASSES), **cfg.detector).to(device)
-        statistics = rois.target_statistics(len(CLASSES))
-        model.target_mean.copy_(statistics[0])
-        model.target_std.copy_(statistics[1])
-        start = once(folder, lambda: initialize(cfg, model, cache, rois))
-        torch.manual_seed(cfg.seed)  # of dropout
-        batches = RoIBatches(cache, rois, **cfg.batch, statistics=statistics, seed=cfg.seed, mean=cfg.mean)
-        train_seconds = train_as(cfg, model, detection.fast_rcnn_loss, batches, folder)
 
-        began = time.perf_counter()
-        found = detect_all(cfg, model, test_cache, test_proposals)
-        precision = detection.voc_ap(found, truth, len(CLASSES))
-        metrics = {name: precision[name] for name in ("map_voc11", "map_area")}
-        metrics |= detection.coco_ap(found, truth, len(CLASSES))
-        times = {"init": start["seconds"], "train": train_seconds, "evaluate": time.perf_counter() - began}
+def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
+    """The run: its record, what of it is printed, the devkit's files and a picture."""
+    prepare(cfg.data)
+    training, cache = open_split(cfg.data, cfg.data.train, device)
+    test, test_cache = open_split(cfg.data, cfg.data.test, device)
+    objects, truth = (objects_of(cfg, split) for split in (training, test))
+    proposals, recall = proposals_of(cfg, cfg.data.train, training, cache, objects)
+    test_proposals, test_recall = proposals_of(cfg, cfg.data.test, test, test_cache, truth)
 
-        detection.write_detections(folder, cfg.data.test, test.ids, CLASSES, found)
-        run.write_bytes(folder / "detections.jpg", draw(test, found, cfg.evaluate.pictures))
-        per_class = pd.DataFrame({kind: precision[kind] for kind in ("voc11", "area")}, index=CLASSES)
-        run.write_record(
-            record,
-            cfg,
-            device,
-            data=describe(cfg.data.name, cache, test_cache),
-            proposals={cfg.data.train: recall, cfg.data.test: test_recall},
-            metrics=metrics,
-            per_class=per_class.astype(object).where(per_class.notna(), None).T.to_dict(),
-            times=times,
-            curve="curve.csv",
-            init_report=start["report"],
-        )
+    rois = detection.make_rois(proposals, [(found.boxes, found.classes) for found in objects])
+    model = FastRCNN(instantiate(cfg.model), len(CLASSES), **cfg.detector).to(device)
+    statistics = rois.target_statistics(len(CLASSES))
+    model.target_mean.copy_(statistics[0])
+    model.target_std.copy_(statistics[1])
+    start = once(folder, lambda: initialize(cfg, model, cache, rois))
+    torch.manual_seed(cfg.seed)  # of dropout
+    batches = RoIBatches(cache, rois, **cfg.batch, statistics=statistics, seed=cfg.seed, mean=cfg.mean)
+    train_seconds = train_as(cfg, model, detection.fast_rcnn_loss, batches, folder)
+
+    began = time.perf_counter()
+    found = detect_all(cfg, model, test_cache, test_proposals)
+    precision = detection.voc_ap(found, truth, len(CLASSES))
+    metrics = {name: precision[name] for name in ("map_voc11", "map_area")}
+    metrics |= detection.coco_ap(found, truth, len(CLASSES))
+    detection.write_detections(folder, cfg.data.test, test.ids, CLASSES, found)
+    run.write_bytes(folder / "detections.jpg", draw(test, found, cfg.evaluate.pictures))
+    per_class = pd.DataFrame({kind: precision[kind] for kind in ("voc11", "area")}, index=CLASSES)
+    about = {
+        "data": describe(cfg.data.name, cache, test_cache),
+        "proposals": {cfg.data.train: recall, cfg.data.test: test_recall},
+        "times": {"init": start["seconds"], "train": train_seconds, "evaluate": time.perf_counter() - began},
+        "curve": "curve.csv",
+        "init_report": start["report"],
+    }
+    report(cfg, folder, device, metrics, per_class, about)
+
+
+def report(
+    cfg: DictConfig, folder: Path, device: torch.device, metrics: dict, per_class: pd.DataFrame, about: dict
+) -> None:
+    """Write the record and print what came out."""
+    classes = per_class.astype(object).where(per_class.notna(), None).T.to_dict()
+    run.write_record(folder / "record.json", cfg, device, metrics=metrics, per_class=classes, **about)
     per_class.loc["mean"] = [metrics["map_voc11"], metrics["map_area"]]
     print(f"\naverage precision on {cfg.data.test} of {cfg.data.name}, percent")
     print((100 * per_class).to_string(float_format="%.1f"))
     print(", ".join(f"{name} {100 * metrics[name]:.1f} %" for name in ("coco_ap", "coco_ap50")))
-    print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in times.items()))
-    print(record)
+    print(run.spent(about["times"]))
 
 
 def objects_of(cfg: DictConfig, split: Split) -> list[Truth]:
@@ -154,13 +151,13 @@ def initialize(cfg: DictConfig, model: FastRCNN, cache: ImageCache, rois: RoIs) 
             seed=cfg.seed,
         )
     began = time.perf_counter()
-    report = set_weights(model, cfg.init, images, cfg.seed)
+    found = set_weights(model, cfg.init, images, cfg.seed)
     if cfg.new_layers == "fast_rcnn":
         model.reset_outputs(cfg.seed)
     seconds = time.perf_counter() - began
-    if report is not None:
-        print(report, flush=True)
-    return {"report": None if report is None else report.to_dict(), "seconds": seconds}
+    if found is not None:
+        print(found, flush=True)
+    return {"report": None if found is None else found.to_dict(), "seconds": seconds}
 
 
 def detect_all(cfg: DictConfig, model: FastRCNN, cache: ImageCache, proposals: Proposals) -> Detections:

@@ -1,5 +1,6 @@
 """What a run leaves on disk: folder, checkpoints, record. A file is written whole or not at all."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -12,7 +13,6 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import initializers
+from experiments.engine import distributed
 
 # Settings that change where and how fast a run computes, but not what: they do not tell runs apart.
 NOT_IDENTITY = (
@@ -89,6 +90,30 @@ def set_up(device: str, threads: int | None, tf32: bool) -> torch.device:
     return torch.device("cuda", number)
 
 
+def execute(
+    cfg: DictConfig,
+    work: Callable[[DictConfig, Path, torch.device], None],
+    result: str = "record.json",
+    left_out: str = "",
+) -> None:
+    """Do the work of a run in its folder, and print the path of its result; unless that is there.
+
+    Args:
+        work: writes `result` into the folder, last of all.
+        left_out: why the run is none of those asked for; empty if it is.
+    """
+    if left_out:
+        print(f"not run: {left_out}")
+        return
+    device = set_up(cfg.device, cfg.threads, cfg.tf32)
+    with distributed.processes(device):
+        folder = run_folder(cfg)
+        if not is_done(folder / result):
+            with open_folder(folder) if distributed.rank() == 0 else contextlib.nullcontext():
+                work(cfg, folder, device)
+            print(folder / result)
+
+
 def run_folder(cfg: DictConfig) -> Path:
     """Folder of the run that `cfg` describes: `<output>/<experiment>/<preset>-<init>-seed<seed>-<hash>`.
 
@@ -123,7 +148,7 @@ def init_key(init: Mapping) -> str:
     return init["name"] + "".join(off) + estimate * (" init.between=false" not in off)
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_folder(folder: Path) -> Iterator[None]:
     """Create `folder` and keep other processes out of it meanwhile.
 
@@ -252,6 +277,11 @@ def write_record(path: Path, cfg: DictConfig, device: torch.device, **results) -
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
     write_json(path, record)
+
+
+def spent(times: dict[str, float]) -> str:
+    """The seconds of the parts of a run, as they are printed."""
+    return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in times.items())
 
 
 def device_name(device: torch.device) -> str:

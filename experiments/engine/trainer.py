@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -157,8 +157,8 @@ def train(
     if device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # the layout oneDNN computes in: a third faster
     start, seconds = _restore(folder, model, optimizer)
-    first = distributed.rank() == 0
-    if first:
+    journal = _Journal(folder, model, optimizer, iterations, checkpoint_seconds, time.perf_counter() - seconds)
+    if distributed.rank() == 0:
         _cut(folder / "curve.csv", CURVE_HEADER, math.ceil(start / log_every))
         if validate is not None:
             _cut(folder / "validation.csv", VALIDATION_HEADER, start // validate_every)
@@ -166,8 +166,6 @@ def train(
     if distributed.size() > 1:
         network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=PRECISIONS[precision] is not None)
-    began = time.perf_counter() - seconds
-    saved = time.perf_counter()
     total = torch.zeros((), device=device)  # of the losses since the last row; read there, to let the GPU run on
     model.train()
     with _bar("train", iterations, "step", start) as bar:
@@ -175,16 +173,8 @@ def train(
             lr = lr_at(step)
             set_lr(optimizer, lr)
             optimizer.zero_grad()
-            for part in range(accumulate):
-                inputs, targets = batches(step * accumulate + part)
-                last = network is model or part == accumulate - 1  # with whose gradients the processes exchange all
-                with contextlib.nullcontext() if last else network.no_sync():
-                    with autocast:
-                        output = network(*inputs) if isinstance(inputs, tuple) else network(inputs)
-                        value = loss(output, targets)
-                    value, shown = value if isinstance(value, tuple) else (value, value)
-                    (value / accumulate).backward()
-                total += shown.detach() / accumulate
+            numbers = range(step * accumulate, (step + 1) * accumulate)
+            total += _accumulate(network, loss, batches, numbers, autocast)
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
             optimizer.step()
@@ -192,28 +182,82 @@ def train(
 
             done = step + 1
             if validate is not None and done % validate_every == 0:
-                model.eval()
-                row = validate()
-                model.train()
-                if first:
-                    run.append_line(folder / "validation.csv", f"{done}," + ",".join(f"{number:.6g}" for number in row))
-            if done % log_every and done < iterations:
-                continue
-            mean = distributed.total(total).item() / distributed.size() / (step % log_every + 1)
-            total.zero_()
-            if not math.isfinite(mean):
-                raise _diverged(f"the mean loss is {mean}", done, lr)
-            now = time.perf_counter()
-            if first:
-                run.append_line(folder / "curve.csv", f"{done},{mean:.6g},{lr:.6g},{now - began:.1f}")
-            bar.set_postfix(loss=f"{mean:.4f}", lr=f"{lr:.2g}", refresh=False)
-            due = done == iterations or now - saved >= checkpoint_seconds
-            if distributed.from_first(lambda due=due: due):
-                if not all(parameter.isfinite().all() for parameter in parameters):
-                    raise _diverged("a weight is NaN or infinite", done, lr)
-                _save(folder, model, optimizer, done, now - began)
-                saved = time.perf_counter()
-    return time.perf_counter() - began
+                _validate(model, validate, folder, done)
+            if done % log_every == 0 or done == iterations:
+                mean = _mean(total, step % log_every + 1, done, lr)
+                journal.row(done, mean, lr)
+                bar.set_postfix(loss=f"{mean:.4f}", lr=f"{lr:.2g}", refresh=False)
+    return time.perf_counter() - journal.began
+
+
+@dataclass
+class _Journal:
+    """Rows of `curve.csv`, and after them checkpoints, where the last one is long ago or the training at its end."""
+
+    folder: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    iterations: int
+    checkpoint_seconds: float
+    began: float  # of the clock, with the seconds before an interruption
+
+    def __post_init__(self) -> None:
+        self.saved = time.perf_counter()
+
+    def row(self, done: int, mean: float, lr: float) -> None:
+        """Raises FloatingPointError where a weight is NaN or infinite."""
+        now = time.perf_counter()
+        if distributed.rank() == 0:
+            run.append_line(self.folder / "curve.csv", f"{done},{mean:.6g},{lr:.6g},{now - self.began:.1f}")
+        due = done == self.iterations or now - self.saved >= self.checkpoint_seconds
+        if distributed.from_first(lambda: due):
+            if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+                raise _diverged("a weight is NaN or infinite", done, lr)
+            _save(self.folder, self.model, self.optimizer, done, now - self.began)
+            self.saved = time.perf_counter()
+
+
+def _accumulate(
+    network: nn.Module, loss: Callable, batches: Callable[[int], tuple], numbers: range, autocast: torch.autocast
+) -> Tensor:
+    """Add the mean gradient of the batches of these numbers to the parameters' gradients; the mean of what is shown.
+
+    Processes exchange their gradients once, with those of the last batch.
+    """
+    total = torch.zeros(())
+    for number in numbers:
+        inputs, targets = batches(number)
+        last = not isinstance(network, DistributedDataParallel) or number == numbers[-1]
+        with contextlib.nullcontext() if last else network.no_sync():
+            with autocast:
+                output = network(*inputs) if isinstance(inputs, tuple) else network(inputs)
+                value = loss(output, targets)
+            value, shown = value if isinstance(value, tuple) else (value, value)
+            (value / len(numbers)).backward()
+        total = total.to(shown.device) + shown.detach() / len(numbers)
+    return total
+
+
+def _validate(model: nn.Module, validate: Callable[[], tuple[float, float, float]], folder: Path, done: int) -> None:
+    """A row of `validation.csv`, in evaluation mode."""
+    model.eval()
+    row = validate()
+    model.train()
+    if distributed.rank() == 0:
+        run.append_line(folder / "validation.csv", f"{done}," + ",".join(f"{number:.6g}" for number in row))
+
+
+def _mean(total: Tensor, steps: int, done: int, lr: float) -> float:
+    """The mean loss of so many steps, over all processes; `total`, their sum, becomes 0.
+
+    Raises:
+        FloatingPointError: it is NaN or infinite.
+    """
+    mean = distributed.total(total).item() / distributed.size() / steps
+    total.zero_()
+    if not math.isfinite(mean):
+        raise _diverged(f"the mean loss is {mean}", done, lr)
+    return mean
 
 
 @torch.inference_mode()
