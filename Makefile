@@ -1,19 +1,25 @@
-# `make demo`  trains a small network on a generated VOC-style set: no download, no GPU, about a minute
-# `make test`  lints and tests
-# Both work in .venv, installed from requirements.txt on first use; PYTHON=python3.13 chooses its Python.
-
+# Everything works in .venv, installed from requirements.txt on first use; PYTHON=python3.13 chooses its Python.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.DEFAULT_GOAL := help
+.PHONY: help demo test format
 
-demo: .venv/installed
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
+
+demo: .venv/installed  ## trains a small network on a generated VOC-style set: no download, no GPU, about a minute
 	$(BIN)/python experiments/voc_cls.py init=kmeans preset=demo
 
-test: .venv/installed
+test: .venv/installed  ## lint, types and tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+format: .venv/installed  ## brings all files into ruff's form
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
 
 # The stamp is touched last, so that an installation which was cut off goes on the next time.
 .venv/installed: requirements.txt pyproject.toml

@@ -16,11 +16,12 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 import initializers
-from experiments.data.download import prepare
+from experiments import files
+from experiments.data.prepare import prepare
 from experiments.data.voc import open_split
 from experiments.engine import run
 from experiments.engine.figures import encoded
-from experiments.engine.init import choose, set_weights
+from experiments.engine.initialization import choose, set_weights
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="change_rate")
@@ -33,6 +34,9 @@ def main(cfg: DictConfig) -> None:
     rates: dict[str, initializers.Rates] = {}
     for line, init in tqdm(cfg.lines.items(), desc="initializations", disable=None):
         model = instantiate(cfg.model).to(device)
+        if init.method == "caffe" and not hasattr(model, "caffe_fillers"):
+            print(f"not drawn: {line}, as {type(model).__name__} states no reference initialization")
+            continue
         set_weights(model, init, images, cfg.seed)
         rates[line] = initializers.change_rate(model, others, seed=cfg.seed)
 
@@ -44,8 +48,8 @@ def main(cfg: DictConfig) -> None:
     table = pd.DataFrame(rows)
     folder = Path(cfg.output)
     with run.open_folder(folder):
-        run.write_bytes(folder / "figure1.png", draw(rates))
-        run.write_text(folder / "figure1.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        files.write_bytes(folder / "figure1.png", draw(rates))
+        files.write_text(folder / "figure1.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
         spreads = {line: found.spread for line, found in rates.items()}
         run.write_record(folder / "figure1.json", cfg, device, data=cfg.data.name, spread=spreads)
     print(table.pivot_table(index="line", columns="layer", values="mean", sort=False).to_string(float_format="%.4g"))

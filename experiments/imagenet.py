@@ -7,10 +7,7 @@ Every setting is in configs/imagenet.yaml and the groups beside it. A run that w
 command is given again. The last line printed is the path of the result record.
 """
 
-import contextlib
-import os
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,29 +18,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from experiments.data.download import prepare
-from experiments.data.folders import BAD, FolderBatches, Folders, Images, centres, read_folders, squashed
-from experiments.data.images import at_random
+from experiments.data.draws import at_random
+from experiments.data.folders import FolderBatches, Folders, Images, centres, read_folders, whole_images, workers_of
+from experiments.data.prepare import prepare
 from experiments.engine import distributed, run
-from experiments.engine.init import once, set_weights
+from experiments.engine.figures import line_of
+from experiments.engine.initialization import once, set_weights
+from experiments.engine.losses import AUXILIARY_WEIGHT, classification_loss
 from experiments.engine.trainer import train_as
 
 # The lines of the paper's figures: initialization, and whether there is LRN (Figure 3) or auxiliary losses (Figure 4).
-LINES = {
-    "figure3": {
-        ("caffe", True): "Reference",
-        ("msra", True): "MSRA",
-        ("gaussian", True): "Random (ours)",
-        ("kmeans", True): "k-means (ours)",
-        ("kmeans", False): "k-means, no LRN (ours)",
-    },
-    "figure4": {
-        ("caffe", True): "Reference",
-        ("kmeans", True): "k-means (ours)",
-        ("kmeans", False): "k-means, single loss (ours)",
-    },
-}
-AUXILIARY_WEIGHT = 0.3  # of each auxiliary loss; BVLC/caffe, models/bvlc_googlenet
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="imagenet")
@@ -52,18 +36,6 @@ def main(cfg: DictConfig) -> None:
     no_line = cfg.published and line_of(cfg, cfg.published) is None
     reason = f"{cfg.published} of the paper has no such line; published=null runs it too" if no_line else ""
     run.execute(cfg, train_and_validate, left_out=reason)
-
-
-def line_of(cfg: Mapping, figure: str) -> str | None:
-    """The line of a figure of the paper that a configuration draws; None if it has no such line.
-
-    Raises:
-        ValueError: an unknown figure.
-    """
-    if figure not in LINES:
-        raise ValueError(f"published={figure}: choose figure3, figure4 or null")
-    choice = {"figure3": "lrn", "figure4": "auxiliary"}[figure]
-    return LINES[figure].get((run.init_key(cfg["init"]), cfg["model"].get(choice)))
 
 
 def train_and_validate(cfg: DictConfig, folder: Path, device: torch.device) -> None:
@@ -128,16 +100,6 @@ def report(
             print(f"{count} images of {part} could not be decoded and were left out: {bad[part]}")
 
 
-def workers_of(cfg: DictConfig) -> int:
-    """Processes that decode images for this one."""
-    if cfg.workers is not None:
-        return cfg.workers
-    if cfg.data.cache is not None:
-        return 0  # nothing is left to decode
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
     """Initialize `model` with its auxiliary classifiers, in proportion to their losses, and print what came of it.
 
@@ -151,7 +113,7 @@ def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
     if "images" in cfg.init:
         generator = torch.Generator().manual_seed(cfg.seed)
         index = at_random(cfg.init.images, torch.arange(len(images)), generator, "init.images")
-        chosen = squashed(images, index, cfg.crop.size, tuple(cfg.data.mean))
+        chosen = whole_images(images, index, cfg.crop.size, tuple(cfg.data.mean))
         chosen = chosen.to(next(model.parameters()).device)
     began = time.perf_counter()
     # Not with weights from a file, which know the network by its own names.
@@ -183,17 +145,6 @@ class Classifiers(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         output, *auxiliary = self.model(x, auxiliary=True)
         return output, *(AUXILIARY_WEIGHT * other for other in auxiliary)
-
-
-def classification_loss(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax cross-entropy, mean over the images, with and without auxiliary losses; bad images count as 0."""
-    output, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-
-    def loss(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, ignore_index=BAD, reduction="sum") / len(labels)
-
-    final = loss(output)
-    return final + AUXILIARY_WEIGHT * sum(map(loss, auxiliary)), final
 
 
 @torch.inference_mode()

@@ -24,12 +24,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments.data.download import prepare
+from experiments import files
 from experiments.data.images import ImageCache, squash
+from experiments.data.prepare import prepare
 from experiments.data.voc import Split, open_split
 from experiments.engine import run
 from experiments.engine.figures import encoded
-from experiments.engine.init import choose, set_weights
+from experiments.engine.initialization import choose, set_weights
 
 THUMBNAIL = 120  # pixels
 
@@ -59,14 +60,14 @@ def main(cfg: DictConfig) -> None:
             if not path.exists():
                 buffer = io.BytesIO()
                 np.save(buffer, features(cfg, model, pool_cache, range(len(pool_cache)), line).numpy())
-                run.write_bytes(path, buffer.getvalue())
+                files.write_bytes(path, buffer.getvalue())
             known = F.normalize(torch.from_numpy(np.load(path)))
             similar = F.normalize(features(cfg, model, test_cache, queries, f"{line}, queries")) @ known.T
             found[line] = similar.masked_fill(same, -1).topk(cfg.neighbors)
         table = pd.DataFrame([row for line in found for row in rows(line, test, queries, pool, *found[line])])
         share = table.groupby("line", sort=False)["shares_a_class"].mean().to_dict()
-        run.write_bytes(folder / "figure2.jpg", draw(test, queries, pool, found))
-        run.write_text(folder / "figure2.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        files.write_bytes(folder / "figure2.jpg", draw(test, queries, pool, found))
+        files.write_text(folder / "figure2.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
         run.write_record(folder / "figure2.json", cfg, device, data=cfg.data.name, shares_a_class=share)
     print("neighbours that show a class of the query: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in share.items()))
     print(folder / "figure2.jpg")
@@ -85,13 +86,24 @@ def digest(cfg: DictConfig, init: Mapping) -> str:
 
 @torch.no_grad()
 def features(cfg: DictConfig, model: nn.Module, cache: ImageCache, index: Sequence[int], label: str) -> Tensor:
-    """What a layer gives for images squashed to a square, before what follows works in place: (images, values)."""
+    """What a layer gives, or what comes to the last one, for images squashed to a square: (images, values).
+
+    What a layer gives is taken before what follows works in place.
+    """
     layers = dict(model.named_modules())
-    if cfg.layer not in layers:
+    if cfg.layer is not None and cfg.layer not in layers:
         names = ", ".join(name for name, module in layers.items() if name and not [*module.children()])
         raise ValueError(f"layer={cfg.layer}: the network has {names}")
-    batches, kept = [], []
-    hook = layers[cfg.layer].register_forward_hook(lambda _, __, output: kept.append(output.flatten(1).cpu().clone()))
+    batches: list[Tensor] = []
+    kept: list[Tensor] = []
+
+    def keep(values: Tensor) -> None:
+        kept.append(values.flatten(1).cpu().clone())
+
+    if cfg.layer is None:
+        hook = layers[model.head].register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))
+    else:
+        hook = layers[cfg.layer].register_forward_hook(lambda _, __, output: keep(output))
     try:
         for part in tqdm(torch.tensor(index).split(cfg.batch_size), desc=label, disable=None):
             model.eval()(squash(cache, part, cfg.crop.size, cfg.data.mean))

@@ -9,6 +9,7 @@ line printed is the file of the weights, for `voc_cls.py init=pretrained init.we
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import hydra
 import torch
@@ -19,11 +20,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from experiments.data.download import prepare
-from experiments.data.images import Crops, ImageCache, crop, seeded
+from experiments import files
+from experiments.data.draws import seeded
+from experiments.data.images import Crops, ImageCache, crop
+from experiments.data.prepare import prepare
 from experiments.data.voc import open_split
 from experiments.engine import run
-from experiments.engine.init import choose, set_weights
+from experiments.engine.initialization import choose, set_weights
 from experiments.engine.trainer import train_as
 
 POSITIONS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]  # of the second patch: down, right
@@ -61,7 +64,7 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
     )
     fold_batch_norm(trunk)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in trunk.state_dict().items()}
-    run.write_bytes(folder / "weights.safetensors", save(tensors))
+    files.write_bytes(folder / "weights.safetensors", save(tensors))
     print(f"{100 * accuracy:.1f} % of the positions are right, chance is {100 / len(POSITIONS):.1f} %")
 
 

@@ -12,17 +12,17 @@ from pathlib import Path
 import hydra
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 import initializers
-from experiments.data.download import prepare
 from experiments.data.images import ImageCache, describe
+from experiments.data.prepare import prepare
 from experiments.data.voc import CLASSES, Split, open_split, read_split
 from experiments.engine import run
-from experiments.engine.init import absent_weights, choose, once, set_weights
+from experiments.engine.initialization import absent_weights, choose, once, set_weights
+from experiments.engine.losses import multilabel_loss
 from experiments.engine.metrics import average_precision
 from experiments.engine.trainer import CropBatches, predict, train_as
 
@@ -71,17 +71,6 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
     print(f"\naverage precision on {cfg.data.test} of {cfg.data.name}, percent")
     print((100 * per_class).to_string(float_format="%.1f"))
     print(run.spent(times))
-
-
-def multilabel_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sigmoid cross-entropy, summed over the classes, mean over the images (philkr/voc-classification).
-
-    Args:
-        logits: float (B, classes).
-        labels: int (B, classes), 1 present, -1 absent, 0 ignored.
-    """
-    target, weight = (labels > 0).float(), (labels != 0).float()
-    return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum") / len(logits)
 
 
 def initialize(cfg: DictConfig, model: nn.Module, cache: ImageCache, training: Split) -> dict:

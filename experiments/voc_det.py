@@ -6,7 +6,6 @@ Every setting is in configs/voc_det.yaml and the groups beside it. A run that wa
 command is given again. The last line printed is the path of the result record.
 """
 
-import hashlib
 import time
 from pathlib import Path
 
@@ -20,20 +19,19 @@ from PIL import Image
 from tqdm import tqdm
 
 import detection
-from detection import Detections, FastRCNN, Proposals, RoIs, Truth
-from experiments.data.download import prepare
+from detection import Detections, FastRCNN, Proposals, RoIs
+from experiments import files
 from experiments.data.images import ImageCache, describe
-from experiments.data.regions import RoIBatches, scale_of, scaled, squashed
-from experiments.data.voc import CLASSES, Objects, Split, open_split, read_objects
+from experiments.data.prepare import prepare
+from experiments.data.proposals import objects_of, proposals_of
+from experiments.data.regions import RoIBatches, images_with_rois, scale_of, scaled
+from experiments.data.voc import CLASSES, Split, open_split
 from experiments.engine import run
 from experiments.engine.figures import encoded
-from experiments.engine.init import LOOKS_AT_IMAGES, absent_weights, once, set_weights
+from experiments.engine.initialization import LOOKS_AT_IMAGES, absent_weights, once, set_weights
 from experiments.engine.trainer import train_as
 
-PUBLISHED = "data/selective_search_data"  # where rbgirshick/fast-rcnn unpacks its proposals
-THRESHOLDS = (0.5, 0.7)  # IoU at which the recall of the proposals is told
 NEW_LAYERS = ("fast_rcnn", "initialized")
-FIRST_PIXEL = 1  # the devkit counts from 1
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="voc_det")
@@ -67,7 +65,7 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
     metrics = {name: precision[name] for name in ("map_voc11", "map_area")}
     metrics |= detection.coco_ap(found, truth, len(CLASSES))
     detection.write_detections(folder, cfg.data.test, test.ids, CLASSES, found)
-    run.write_bytes(folder / "detections.jpg", draw(test, found, cfg.evaluate.pictures))
+    files.write_bytes(folder / "detections.jpg", draw(test, found, cfg.evaluate.pictures))
     per_class = pd.DataFrame({kind: precision[kind] for kind in ("voc11", "area")}, index=CLASSES)
     about = {
         "data": describe(cfg.data.name, cache, test_cache),
@@ -92,43 +90,6 @@ def report(
     print(run.spent(about["times"]))
 
 
-def objects_of(cfg: DictConfig, split: Split) -> list[Truth]:
-    """The objects of all images of a split, their pixels counted from 0."""
-
-    def truth(found: Objects) -> Truth:
-        return Truth(found.boxes - FIRST_PIXEL, found.classes, found.difficult)
-
-    return [truth(read_objects(cfg.data.root, image_id)) for image_id in tqdm(split.ids, "objects", disable=None)]
-
-
-def proposals_of(
-    cfg: DictConfig, name: str, split: Split, cache: ImageCache, truth: list[Truth]
-) -> tuple[Proposals, dict]:
-    """The proposals of a split, from the file that is configured or published, or else computed; and how good they are.
-
-    Raises:
-        ValueError: OpenCV is not there to compute them; others as of `read_proposals`.
-    """
-    given = Path(cfg.proposals or PUBLISHED)
-    if given.is_dir():
-        given /= f"voc_2007_{name}.mat"
-    if cfg.proposals is None and not given.exists():
-        key = hashlib.sha256(repr([str(path) for path in split.image_paths]).encode()).hexdigest()[:8]
-        given = Path(cfg.data.cache) / f"selective-search-{name}-{key}.npz"
-        if not given.exists():
-            try:
-                detection.compute_proposals(split.image_paths, given)
-            except ImportError as error:
-                raise ValueError(str(error)) from error
-    proposals = detection.read_proposals(given, split.ids, cache.heights, cache.widths)
-    counted = [found.boxes[~found.difficult] for found in truth]
-    about = {"file": given.name, "per_image": len(proposals.boxes) / len(proposals)}
-    about |= {f"recall_{threshold}": detection.recall(proposals, counted, threshold) for threshold in THRESHOLDS}
-    text = ", ".join(f"{100 * about[f'recall_{threshold}']:.1f} % at IoU {threshold}" for threshold in THRESHOLDS)
-    print(f"{name}: {about['per_image']:.0f} proposals an image from {given}, recall {text}", flush=True)
-    return proposals, about
-
-
 def initialize(cfg: DictConfig, model: FastRCNN, cache: ImageCache, rois: RoIs) -> dict:
     """Initialize `model` on images with their RoIs, and print what came of it.
 
@@ -140,7 +101,7 @@ def initialize(cfg: DictConfig, model: FastRCNN, cache: ImageCache, rois: RoIs) 
     images = None
     if cfg.init.method in LOOKS_AT_IMAGES:
         each, foreground = cfg.batch.per_batch // cfg.batch.images, cfg.batch.foreground
-        images = squashed(
+        images = images_with_rois(
             cache,
             rois,
             images=cfg.init.images,

@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from experiments.data.folders import FolderBatches, Images, read_folders
+from experiments.data.folders import FolderBatches, Images, read_folders, workers_of
 from experiments.data.voc import find_devkit
-from experiments.engine.run import device_name, versions, write_json
+from experiments.engine.losses import classification_loss
+from experiments.engine.run import device_name, versions
 from experiments.engine.trainer import train_as
-from experiments.imagenet import classification_loss, workers_of
+from experiments.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "bench" / "data.json"

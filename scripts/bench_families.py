@@ -23,7 +23,8 @@ from torchvision.transforms.v2 import functional as TF
 
 import initializers
 from experiments.data.voc import read_split
-from experiments.engine.run import device_name, versions, write_json
+from experiments.engine.run import device_name, versions
+from experiments.files import write_json
 from initializers._layers import Call, Layers, forward
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "bench" / "families.json"

@@ -25,7 +25,8 @@ from torchvision.models import resnet50
 import initializers
 from experiments.data.images import ImageCache, crop, whole
 from experiments.data.voc import read_split
-from experiments.engine.run import device_name, versions, write_json
+from experiments.engine.run import device_name, versions
+from experiments.files import write_json
 from experiments.networks import CaffeNet
 from initializers import _filters
 from initializers._filters import MAX_PATCH_VALUES, draw_patches, spherical_kmeans, whitening_matrix

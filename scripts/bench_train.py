@@ -22,13 +22,14 @@ from omegaconf import DictConfig
 from torch import nn
 
 import detection
-from experiments import voc_det
+from experiments.data.proposals import objects_of, proposals_of
 from experiments.data.regions import RoIBatches
 from experiments.data.voc import CLASSES, open_split
+from experiments.engine.losses import multilabel_loss
 from experiments.engine.optim import make_optimizer
-from experiments.engine.run import device_name, versions, write_json
+from experiments.engine.run import device_name, versions
 from experiments.engine.trainer import CropBatches, train_as
-from experiments.voc_cls import multilabel_loss
+from experiments.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "bench" / "train.json"
@@ -43,8 +44,8 @@ def main() -> None:
     batches = CropBatches(cache, split.labels, batch_size=cls.train.batch_size, seed=0, mean=cls.data.mean, **cls.crop)
     step = {"classification": bench("classification", cls, instantiate(cls.model), multilabel_loss, batches)}
 
-    objects = voc_det.objects_of(det, split)
-    proposals, _ = voc_det.proposals_of(det, "train", split, cache, objects)
+    objects = objects_of(det, split)
+    proposals, _ = proposals_of(det, "train", split, cache, objects)
     rois = detection.make_rois(proposals, [(found.boxes, found.classes) for found in objects])
     statistics_of = rois.target_statistics(len(CLASSES))
     regions = RoIBatches(cache, rois, **det.batch, statistics=statistics_of, seed=0, mean=det.mean)

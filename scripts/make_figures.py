@@ -14,9 +14,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments.engine.figures import encoded
-from experiments.engine.run import write_bytes
-from experiments.imagenet import LINES, line_of
+from experiments.engine.figures import LINES, encoded, line_of
+from experiments.files import write_bytes
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NETWORKS = {"figure3": "experiments.networks.CaffeNet", "figure4": "experiments.networks.GoogLeNet"}

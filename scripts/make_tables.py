@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.engine.run import NOT_IDENTITY, init_key, write_text
+from experiments.engine.run import NOT_IDENTITY, init_key
+from experiments.files import write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

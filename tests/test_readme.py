@@ -11,8 +11,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import initializers
+from experiments.engine.figures import line_of
 from experiments.engine.run import init_key
-from experiments.imagenet import line_of
 from initializers.__main__ import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -13,7 +13,6 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 from tqdm import tqdm
 
-from experiments.data.demo import make_demo, make_demo_folders
 from experiments.data.voc import find_devkit, read_split
 
 # Archive: md5, as in torchvision.datasets.VOCDetection.
@@ -53,16 +52,6 @@ def download(root: str | Path, progress: bool = True) -> Path:
             return devkit
         archives = [_fetch(root / name, md5, progress) for name, md5 in ARCHIVES.items()]
         return _unpack(archives, root / "VOC2007", progress)
-
-
-def prepare(data: Mapping) -> None:
-    """Make the images of `configs/data` that are not there yet: draw a demo set, or download VOC 2007."""
-    if data["name"] == "demo":
-        make_demo(data["root"])
-    elif data["name"] == "demo-folders":
-        make_demo_folders(data["root"])
-    elif data["name"] == "voc2007" and to_download(data["root"]):
-        download(data["root"])
 
 
 def to_download(root: str | Path) -> bool:

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from tqdm import tqdm
 
-from experiments.data.images import ImageCache, read_scaled, seeded, squash
-from experiments.engine.run import append_line
+from experiments.data.draws import seeded
+from experiments.data.images import ImageCache, read_scaled, squash
+from experiments.files import append_line
 
 HELD_OUT = 5  # of images that come without a division into training and validation, every fifth of a class validates
 BAD = -1  # label of an image that cannot be decoded
@@ -280,6 +282,16 @@ class _Draws:
         return self.numbers[:, index]
 
 
+def workers_of(cfg: DictConfig) -> int:
+    """Processes that decode images for this one."""
+    if cfg.workers is not None:
+        return cfg.workers
+    if cfg.data.cache is not None:
+        return 0  # nothing is left to decode
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def check_size(size: int, images: Images) -> None:
     """Raises ValueError for crops that are larger than the images."""
     if size > images.short:
@@ -343,7 +355,7 @@ def centres(
         yield index, inputs, torch.tensor([is_bad(image) for image in found])
 
 
-def squashed(images: Images, index: Tensor, size: int, mean: Sequence[float]) -> Tensor:
+def whole_images(images: Images, index: Tensor, size: int, mean: Sequence[float]) -> Tensor:
     """The images `index`, each whole and squashed to a square, on the CPU; without those that cannot be decoded."""
     ((_, found),) = images.load(lambda _: index, [0], 0, torch.device("cpu"))
     good = [image for image in found if not is_bad(image)]

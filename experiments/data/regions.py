@@ -8,7 +8,8 @@ from torch import Tensor
 
 from detection.boxes import mirror
 from detection.sampling import RoIs, sample_rois
-from experiments.data.images import ImageCache, at_random, seeded, squash
+from experiments.data.draws import at_random, seeded
+from experiments.data.images import ImageCache, squash
 
 
 def scale_of(height: int, width: int, short: int, longest: int) -> float:
@@ -105,7 +106,7 @@ class RoIBatches:
         return picture, boxes * scale, labels, (targets - average) / deviation
 
 
-def squashed(
+def images_with_rois(
     cache: ImageCache,
     rois: RoIs,
     *,

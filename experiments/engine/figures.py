@@ -1,8 +1,38 @@
-"""Figures as the content of a file, to be written whole or not at all."""
+"""Figures: the lines of the paper's, and the content of a file, to be written whole or not at all."""
 
 import io
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
+
+from experiments.engine import run
+
+LINES = {
+    "figure3": {
+        ("caffe", True): "Reference",
+        ("msra", True): "MSRA",
+        ("gaussian", True): "Random (ours)",
+        ("kmeans", True): "k-means (ours)",
+        ("kmeans", False): "k-means, no LRN (ours)",
+    },
+    "figure4": {
+        ("caffe", True): "Reference",
+        ("kmeans", True): "k-means (ours)",
+        ("kmeans", False): "k-means, single loss (ours)",
+    },
+}
+
+
+def line_of(cfg: Mapping, figure: str) -> str | None:
+    """The line of a figure of the paper that a configuration draws; None if it has no such line.
+
+    Raises:
+        ValueError: an unknown figure.
+    """
+    if figure not in LINES:
+        raise ValueError(f"published={figure}: choose figure3, figure4 or null")
+    choice = {"figure3": "lrn", "figure4": "auxiliary"}[figure]
+    return LINES[figure].get((run.init_key(cfg["init"]), cfg["model"].get(choice)))
 
 
 def encoded(figure: plt.Figure, kind: str, dpi: int) -> bytes:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import initializers
 from experiments.engine import distributed
+from experiments.files import write_json, write_whole
 
 # Settings that change where and how fast a run computes, but not what: they do not tell runs apart.
 NOT_IDENTITY = (
@@ -169,38 +170,6 @@ def open_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all.
-
-    Raises:
-        OSError: it could not be written, for instance on a full disk; a file that was there is still intact.
-    """
-    _write_whole(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`; errors as `write_text`."""
-    _write_whole(path, content)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` to `path` as JSON; errors as `write_text`, ValueError for NaN or infinite numbers."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append `line` to `path`.
-
-    Raises:
-        OSError: it could not be written, for instance on a full disk; a part of it may have been.
-    """
-    try:
-        with open(path, "a") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Write `state` (tensors, numbers, containers) to `checkpoint.pt`; the one before is kept beside it.
 
@@ -209,7 +178,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    _write_whole(folder / "checkpoint.pt", buffer.getbuffer(), keep=folder / "checkpoint.previous.pt")
+    write_whole(folder / "checkpoint.pt", buffer.getbuffer(), keep=folder / "checkpoint.previous.pt")
 
 
 def load_checkpoint(folder: Path) -> dict | None:
@@ -301,25 +270,3 @@ def _git(*arguments: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-
-
-def _write_whole(path: Path, content: bytes | memoryview, keep: Path | None = None) -> None:
-    """Put `content` in the place of `path` in one step; `keep` is a new name for the file that was there."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> OSError:
-    return OSError(
-        f"cannot write {path} ({error.strerror}): make room or mend the folder, then give the same command again"
-    )

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from experiments.data.images import Crops, ImageCache, crop, random_crops, seeded
+from experiments import files
+from experiments.data.draws import seeded
+from experiments.data.images import Crops, ImageCache, crop, random_crops
 from experiments.engine import distributed, run
 from experiments.engine.optim import lr_policy, make_optimizer, set_lr
 
@@ -208,7 +210,7 @@ class _Journal:
         """Raises FloatingPointError where a weight is NaN or infinite."""
         now = time.perf_counter()
         if distributed.rank() == 0:
-            run.append_line(self.folder / "curve.csv", f"{done},{mean:.6g},{lr:.6g},{now - self.began:.1f}")
+            files.append_line(self.folder / "curve.csv", f"{done},{mean:.6g},{lr:.6g},{now - self.began:.1f}")
         due = done == self.iterations or now - self.saved >= self.checkpoint_seconds
         if distributed.from_first(lambda: due):
             if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
@@ -244,7 +246,7 @@ def _validate(model: nn.Module, validate: Callable[[], tuple[float, float, float
     row = validate()
     model.train()
     if distributed.rank() == 0:
-        run.append_line(folder / "validation.csv", f"{done}," + ",".join(f"{number:.6g}" for number in row))
+        files.append_line(folder / "validation.csv", f"{done}," + ",".join(f"{number:.6g}" for number in row))
 
 
 def _mean(total: Tensor, steps: int, done: int, lr: float) -> float:
@@ -332,7 +334,7 @@ def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step
 def _cut(path: Path, header: str, rows: int) -> None:
     """Begin a table, or keep `rows` rows: a killed run may have written more since its checkpoint."""
     lines = path.read_text().splitlines()[: 1 + rows] if rows else [header]
-    run.write_text(path, "\n".join(lines) + "\n")
+    files.write_text(path, "\n".join(lines) + "\n")
 
 
 def _diverged(what: str, step: int, lr: float) -> FloatingPointError:

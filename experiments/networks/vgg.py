@@ -25,6 +25,7 @@ class VGG16(nn.Sequential):
     """
 
     head = "fc8"
+    heads = ("fc8",)
 
     def __init__(
         self, num_outputs: int = 20, input_size: int = 224, width: float = 1.0, fc: int = 4096, dropout: float = 0.5

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from experiments.data.demo import make_demo_folders
-from experiments.data.folders import BAD, FolderBatches, Images, centres, read_folders, squashed
+from experiments.data.folders import BAD, FolderBatches, Images, centres, read_folders, whole_images
 from experiments.data.images import ImageCache
 
 NAMES = {"train": "train", "val": "val"}
@@ -235,7 +235,7 @@ def test_the_middles_of_all_images_are_tested(images):
 
 def test_whole_images_are_squashed(images):
     some = images(5)
-    found = squashed(some, torch.tensor([3, 1]), 16, MEAN)
+    found = whole_images(some, torch.tensor([3, 1]), 16, MEAN)
     assert found.shape == (2, 3, 16, 16)
     mean = some.pixels(3).float().mean((0, 1)).flip(0) - torch.tensor(MEAN)
     torch.testing.assert_close(found[0].mean((1, 2)), mean, atol=5, rtol=0)
@@ -271,7 +271,7 @@ def test_bad_images_are_named_once_and_left_out(damaged, tmp_path, workers, caps
     for inputs, found in map(batches, range(2)):
         assert inputs.isfinite().all()
         assert inputs[found == BAD].flatten(2).std(2).max() == 0  # nothing is in them
-    assert len(squashed(some, torch.arange(20), 16, MEAN)) == 17
+    assert len(whole_images(some, torch.arange(20), 16, MEAN)) == 17
     assert torch.cat(
         [b for *_, b in centres(some, batch_size=4, size=32, mean=MEAN, workers=0, device=CPU, rank=0, world=1)]
     ).nonzero()[:, 0].tolist() == [2, 7, 11]

@@ -18,7 +18,9 @@ import initializers
 from experiments.data.demo import make_demo_folders
 from experiments.data.folders import BAD, Folders, Images
 from experiments.engine import run
-from experiments.imagenet import Classifiers, classification_loss, evaluate, line_of
+from experiments.engine.figures import line_of
+from experiments.engine.losses import classification_loss
+from experiments.imagenet import Classifiers, evaluate
 from experiments.networks import CaffeNet, GoogLeNet
 
 ROOT = Path(__file__).resolve().parents[2]

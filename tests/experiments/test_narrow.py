@@ -10,7 +10,7 @@ from torch import nn
 from detection import FastRCNN
 from experiments.data.images import ImageCache, crop, whole
 from experiments.data.voc import read_split
-from experiments.engine.init import set_weights
+from experiments.engine.initialization import set_weights
 from experiments.networks import VGG16, CaffeNet, GoogLeNet
 
 MINI = {"input_size": 115, "width": 0.5, "fc": 512}

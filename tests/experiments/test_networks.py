@@ -1,10 +1,17 @@
 """The networks are those of their Caffe definitions: parameters, names and sizes of every layer."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch import nn
 
 from experiments.networks import VGG16, CaffeNet, GoogLeNet
+from experiments.networks.network import Network
 from initializers import initialize
 
 SIZES = {
@@ -75,3 +82,37 @@ def test_vgg_is_balanced_exactly(filters):
     report = initialize(model, images, filters)
     assert report.spread_after < 1.01 < 100 < report.spread_before
     assert report.output_change < 1e-4
+
+
+ROOT = Path(__file__).resolve().parents[2]
+NETWORKS = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
+FEW = ["init=gaussian", "init.images=20", "train.iterations=1"]
+COMMANDS = {
+    "voc_cls.py": ["preset=demo", *FEW, "rates.images=10", "evaluate.crops=1"],
+    "imagenet.py": ["preset=demo", *FEW],
+    "pretrain.py": ["preset=demo", *FEW, "evaluate.pairs=20"],
+    "change_rate.py": ["data=demo", "model.width=0.125", "model.input_size=64", "init.images=20", "rates.images=10"],
+    "neighbors.py": ["data=demo", "model.width=0.125", "model.input_size=64", "init.images=20", "queries=2"],
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_keeps_the_contract(name):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), torch.device("meta"):
+        model = instantiate(compose("voc_cls", [f"model={name}"]).model)
+    assert isinstance(model, Network)
+    assert model.head in model.heads
+    assert {*model.heads} <= {*model.std_factors}
+    assert all(isinstance(model.get_submodule(head), nn.Linear) for head in model.heads)
+
+
+@pytest.mark.parametrize("name", sorted({*NETWORKS} - {"caffenet"}))  # with which all other tests run them
+@pytest.mark.parametrize("script", COMMANDS)
+def test_every_network_works_in_every_command(name, script, demo, tmp_path):
+    data = [f"data.root={demo / 'set'}", f"data.cache={demo / 'cache'}"] if script != "imagenet.py" else []
+    if script == "imagenet.py":
+        data = [f"data.root={demo / 'folders'}"]
+    command = [sys.executable, ROOT / "experiments" / script, *COMMANDS[script], *data, f"model={name}", "threads=1"]
+    done = subprocess.run([*command, f"output={tmp_path}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[-1]).exists()

@@ -8,7 +8,7 @@ from PIL import Image
 from detection import Proposals, make_rois
 from detection.boxes import mirror
 from experiments.data.images import ImageCache
-from experiments.data.regions import RoIBatches, scale_of, scaled, squashed
+from experiments.data.regions import RoIBatches, images_with_rois, scale_of, scaled
 
 MEAN = (10.0, 20.0, 30.0)
 SIZES = [(60, 80), (90, 50), (64, 64), (70, 100), (50, 60)]
@@ -108,7 +108,7 @@ def test_nothing_to_train_on(cache):
 
 def test_what_is_initialized_on(cache, rois):
     options = {"each": 6, "size": 48, "foreground": 0.5, "mean": MEAN, "seed": 0}
-    images, boxes = squashed(cache, rois, images=4, **options)
+    images, boxes = images_with_rois(cache, rois, images=4, **options)
     assert images.shape == (4, 3, 48, 48)
     assert boxes.shape == (4, 6, 4)
     assert boxes.min() >= 0
@@ -118,4 +118,4 @@ def test_what_is_initialized_on(cache, rois):
         across, down = ((found[:, 2:] - found[:, :2]) / 29).unbind(1)
         assert any((across - a).abs().max() < 1e-3 and (down - d).abs().max() < 1e-3 for a, d in sizes)
     with pytest.raises(ValueError, match=r"init.images=5, but there are only 4 images to choose from"):
-        squashed(cache, rois, images=5, **options)
+        images_with_rois(cache, rois, images=5, **options)

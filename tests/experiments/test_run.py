@@ -7,6 +7,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from experiments import files
 from experiments.engine import run
 
 
@@ -68,7 +69,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_json_is_replaced_whole(tmp_path):
     path = tmp_path / "a.json"
     for content in ({"a": [1, 2.5, None]}, {}):
-        run.write_json(path, content)
+        files.write_json(path, content)
         assert json.loads(path.read_text()) == content
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -76,7 +77,7 @@ def test_json_is_replaced_whole(tmp_path):
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_json_has_no_nan(tmp_path, number):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        run.write_json(tmp_path / "a.json", {"a": number})
+        files.write_json(tmp_path / "a.json", {"a": number})
     assert os.listdir(tmp_path) == []
 
 
@@ -84,17 +85,17 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, full_disk):
     path = tmp_path / "a.json"
     path.write_text("old")
     with pytest.raises(OSError, match=r"cannot write .*a.json \(No space left on device\): make room"):
-        run.write_json(path, {})
+        files.write_json(path, {})
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_lines_are_appended(tmp_path):
-    run.append_line(tmp_path / "a.csv", "1,2")
-    run.append_line(tmp_path / "a.csv", "3,4")
+    files.append_line(tmp_path / "a.csv", "1,2")
+    files.append_line(tmp_path / "a.csv", "3,4")
     assert (tmp_path / "a.csv").read_text() == "1,2\n3,4\n"
     with pytest.raises(OSError, match=r"cannot write .* \(Is a directory\)"):
-        run.append_line(tmp_path, "5,6")
+        files.append_line(tmp_path, "5,6")
 
 
 # Checkpoints.

@@ -19,7 +19,7 @@ import initializers
 from detection import FastRCNN, Proposals, Truth
 from experiments.data.demo import make_demo
 from experiments.data.images import ImageCache
-from experiments.data.regions import RoIBatches, scaled, squashed
+from experiments.data.regions import RoIBatches, images_with_rois, scaled
 from experiments.data.voc import CLASSES, find_devkit, read_objects, read_split
 from experiments.engine.optim import make_optimizer
 from experiments.engine.trainer import train
@@ -200,7 +200,7 @@ def test_a_handful_of_images_is_learnt_by_heart(demo, tmp_path):
     model.target_mean.copy_(statistics[0])
     model.target_std.copy_(statistics[1])
     options = {"foreground": 0.25, "mean": MEAN, "seed": 0}
-    initializers.initialize(model, squashed(cache, rois, images=6, each=32, size=160, **options), "gaussian")
+    initializers.initialize(model, images_with_rois(cache, rois, images=6, each=32, size=160, **options), "gaussian")
     model.reset_outputs(0)
     batches = RoIBatches(
         cache, rois, images=2, per_batch=64, scales=[160], longest=300, statistics=statistics, **options

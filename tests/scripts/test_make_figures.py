@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments.imagenet import LINES
+from experiments.engine.figures import LINES
 from scripts import make_figures
 
 ROOT = Path(__file__).resolve().parents[2]

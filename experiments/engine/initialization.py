@@ -9,7 +9,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import initializers
-from experiments.data.images import ImageCache, at_random, squash
+from experiments import files
+from experiments.data.draws import at_random
+from experiments.data.images import ImageCache, squash
 from experiments.engine import run
 from experiments.networks import load_weights
 
@@ -53,7 +55,7 @@ def once(folder: Path, initialize: Callable[[], dict]) -> dict:
     if run.has_checkpoint(folder):
         return json.loads(path.read_text())
     start = initialize()
-    run.write_json(path, start)
+    files.write_json(path, start)
     return start
 
 
