@@ -74,6 +74,17 @@ Mean average precision on the test set in percent, ± the standard deviation ove
 Weights of our own, from `experiments/pretrain.py`, stand below those of the paper. An empty cell has not been measured.
 """
 
+FIRST_LOSSES = """\
+# The first losses of the initializations of Table 2
+
+Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
+
+Mean training loss (sigmoid cross-entropy, summed over the 20 classes) over the first 100 iterations and over iterations
+401 to 500: CaffeNet at full width (preset `paper`, runs of 500 iterations) beside the narrower one of preset `mini`. An
+empty cell has not been measured.
+"""
+SHORT = 1_000  # runs of fewer iterations show how training begins, and have no place among results
+
 SECTION44 = """\
 # Section 4.4: other networks, PASCAL VOC 2007 classification
 
@@ -145,9 +156,11 @@ def make_tables(runs: Path, paper: Path, families: Path | None = None) -> dict[s
         sgd = records[records["config.optimizer.name"] == "sgd"]
         plain = sgd[(sgd["config.model._target_"] == CAFFENET) & (sgd["config.model.batch_norm"] == "False")]
         others = sgd[sgd["config.model._target_"].isin(NETWORKS.values())]
+    beginnings, caffenet, plain = plain, long_enough(caffenet), long_enough(plain)
     scratch, trained = by_start(plain)
     names = own_weights(runs)
     tables = table1(caffenet, paper) | table2(scratch, paper) | table3(trained, paper, names) | section44(others, paper)
+    tables |= first_losses(beginnings, paper)
     tables |= detection(read_records(runs, "voc_det", DETECTION_METRICS), paper, names)
     if families is not None and families.exists():
         tables |= families_table(families)
@@ -158,6 +171,8 @@ def read_records(runs: Path, experiment: str, metrics: Mapping[str, str] = METRI
     """One row per record of `experiment`; the columns `config.*` hold its configuration as text."""
     rows = []
     for path in sorted(runs.rglob("*.json")):
+        if path.name == "init.json":  # what a run keeps beside its record
+            continue
         try:
             record = json.loads(path.read_text())
             if record["experiment"] != experiment:
@@ -176,6 +191,11 @@ def read_records(runs: Path, experiment: str, metrics: Mapping[str, str] = METRI
             raise ValueError(f"{path} is no result record ({error!r}): repair it or remove it") from error
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def long_enough(records: pd.DataFrame) -> pd.DataFrame:
+    """Without the runs that only show how training begins."""
+    return records if records.empty else records[records["config.train.iterations"].astype(int) >= SHORT]
 
 
 def own_weights(runs: Path) -> dict[str, str]:
@@ -253,6 +273,25 @@ def table2(records: pd.DataFrame, paper: Path) -> dict[str, str]:
     methods = dict(zip(published["init"], published["method"], strict=True)) | BASELINES
 
     return comparison("table2", TABLE2, records, methods, numbers)
+
+
+def first_losses(records: pd.DataFrame, paper: Path) -> dict[str, str]:
+    """How training begins at full width and at preset `mini`, from the curves beside the records of seed 0."""
+    methods = pd.read_csv(paper / "table2.csv").set_index("init")["method"]
+    columns = pd.MultiIndex.from_product([["paper", "mini"], ["1 to 100", "401 to 500"]])
+    table = pd.DataFrame(index=methods.index, columns=columns, dtype=float)
+    for _, row in records.iterrows():
+        path = Path(row["path"]).with_name("curve.csv")
+        if row["seed"] == 0 and row["init"] in table.index and row["preset"] in ("paper", "mini") and path.exists():
+            curve = pd.read_csv(path).set_index("step")["loss"]
+            table.loc[row["init"], row["preset"]] = curve.reindex([100, 500]).to_numpy()
+    lines = [["initialization", *(f"{preset}, {steps}" for preset, steps in columns)]]
+    lines.append(["---", *["---:"] * len(columns)])
+    for init, row in table.iterrows():
+        lines.append([methods[init], *("" if pd.isna(value) else f"{value:.2f}" for value in row)])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table.columns = [f"{preset}_{steps.replace(' ', '_')}" for preset, steps in columns]
+    return files("first_losses", FIRST_LOSSES, [text], table.reset_index())
 
 
 def table3(records: pd.DataFrame, paper: Path, names: Mapping[str, str]) -> dict[str, str]:

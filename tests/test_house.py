@@ -92,3 +92,63 @@ def test_every_import_of_the_experiments_is_declared():
     bench = {(Requirement(line).name, True) for line in EXTRAS["bench"]}  # not pinned, as no test runs what needs it
     inside = {(package, inside) for _, package, inside in imports("scripts")}
     assert imported("experiments") | {package for package, _ in inside - bench} <= allowed
+
+
+def modules_imported(folder):
+    """Full names of the modules that each file of a folder imports, by file."""
+    found = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names |= {node.module, *(f"{node.module}.{part.name}" for part in node.names)}
+            elif isinstance(node, ast.Import):
+                names |= {part.name for part in node.names}
+        found[path] = names
+    return found
+
+
+COMMANDS = {f"experiments.{path.stem}" for path in (ROOT / "experiments").glob("*.py")} - {
+    "experiments.__init__",
+    "experiments.files",
+}
+
+
+def test_arrows_point_one_way():
+    for folder in ("experiments/data", "experiments/networks"):
+        for path, names in modules_imported(folder).items():
+            assert not [name for name in names if name.startswith("experiments.engine")], path
+    for folder in ("experiments", "scripts"):
+        for path, names in modules_imported(folder).items():
+            assert not names & COMMANDS, path
+
+
+def private(path):
+    return f"initializers.{path.stem}"
+
+
+def test_no_circle_in_the_library():
+    graph = {private(path): names for path, names in modules_imported("initializers").items()}
+    del graph["initializers.__main__"], graph["initializers.__init__"]
+    left = {name: {other for other in names if other in graph} for name, names in graph.items()}
+    while left:
+        free = [name for name, names in left.items() if not names & left.keys()]
+        assert free, f"a circle among {sorted(left)}"
+        left = {name: names for name, names in left.items() if name not in free}
+    assert (
+        not {"initializers._within", "initializers._between", "initializers._initialize"}
+        & graph["initializers._baselines"]
+    )
+
+
+@pytest.mark.parametrize("folder", ["initializers", "experiments", "detection"])
+def test_no_function_is_longer_than_a_screen(folder):
+    """45 lines of code, docstring and comments not counted."""
+    for path in (ROOT / folder).rglob("*.py"):
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                first = body[0].lineno - 1 if body else node.end_lineno
+                code = [line for line in lines[first : node.end_lineno] if line.strip() and line.strip()[0] != "#"]
+                assert len(code) <= 45, f"{path}: {node.name}"

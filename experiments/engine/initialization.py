@@ -19,11 +19,13 @@ LOOKS_AT_IMAGES = ("initialize", "lsuv", "pretrained")  # the methods that need 
 FIXED_STD = ("gaussian", "msra", "initialize")  # the methods with a standard deviation for the published widths
 
 
-def set_weights(model: nn.Module, init: Mapping, images: Tensor | None, seed: int) -> initializers.Report | None:
+def set_weights(
+    model: nn.Module, init: Mapping, images: Tensor | tuple[Tensor, ...] | None, seed: int
+) -> initializers.Report | None:
     """Initialize `model` by the method of `init`, a function of `initializers` or `pretrained`, with its options.
 
     Args:
-        images: for the methods of `LOOKS_AT_IMAGES`; the others ignore them.
+        images: for the methods of `LOOKS_AT_IMAGES`, a tensor for each input of the model; the others ignore them.
 
     Returns:
         The report of the initialization; None if it looks at no images.
@@ -36,7 +38,7 @@ def set_weights(model: nn.Module, init: Mapping, images: Tensor | None, seed: in
 
 
 def pretrained(
-    model: nn.Module, images: Tensor, *, seed: int, weights: str | None, rescale: bool, **options
+    model: nn.Module, images: Tensor | tuple[Tensor, ...], *, seed: int, weights: str | None, rescale: bool, **options
 ) -> initializers.Report | None:
     """The weights of a file, and with `rescale` equal change rates (section 4.3); the report of `rescale`.
 

@@ -1,4 +1,5 @@
 import copy
+import io
 import json
 import re
 from pathlib import Path
@@ -122,6 +123,7 @@ RECORD = {
         "init": KMEANS,
         "model": {"_target_": make_tables.CAFFENET, "width": 0.5, "batch_norm": False},
         "optimizer": {"name": "sgd", "lr": 0.001},
+        "train": {"iterations": 20_000},
         "data": {"name": "voc2007", "root": "data/VOCdevkit", "mean": [104, 117, 123]},
     },
 }
@@ -481,3 +483,16 @@ def test_a_file_that_is_no_record_of_networks_is_an_error_that_names_it(tmp_path
     path.write_text(content)
     with pytest.raises(ValueError, match=re.escape(str(path))):
         make_tables.families_table(path)
+
+
+def test_how_training_begins_has_a_table_of_its_own(runs):
+    folder, add = runs
+    for name, preset, iterations, first in (("short", "paper", 500, 7.5), ("whole", "mini", 20_000, 6.25)):
+        path = add(f"{name}/record", preset=preset, config__preset=preset, config__train={"iterations": iterations})
+        path.with_name("curve.csv").write_text(f"step,loss,lr,seconds\n100,{first},0.001,1\n500,4.5,0.001,5\n")
+        path.with_name("init.json").write_text("{}")
+    tables = make(folder)
+    assert "| Ours (k-means) | 7.50 | 4.50 | 6.25 | 4.50 |" in tables["first_losses.md"]
+    assert "| MSRA (He et al. 2015) |  |  |  |  |" in tables["first_losses.md"]
+    rows = pd.read_csv(io.StringIO(tables["table2.csv"])).query("n > 0")
+    assert [*rows["preset"]] == ["mini"]
