@@ -174,7 +174,7 @@ def draw_patches(call: Call, inputs: list[Tensor], limit: int, generator: torch.
     starts = torch.tensor([0] + [len(x) for x in inputs]).cumsum(0) * math.prod(positions)
     chosen = torch.randperm(int(starts[-1]), generator=generator, device=generator.device)[:limit].sort().values
     ends = torch.searchsorted(chosen, starts.to(chosen.device)).tolist()
-    patches = torch.empty(groups, len(chosen), kernel * width, device=chosen.device)
+    patches = torch.empty(groups, len(chosen), kernel * width, device=chosen.device, dtype=torch.float32)
     for x, start, first, last in zip(inputs, starts[:-1].tolist(), ends[:-1], ends[1:], strict=True):
         index = torch.unravel_index(chosen[first:last] - start, (len(x), *positions))
         drawn = call.windows(x.detach())[index].float()
@@ -185,7 +185,7 @@ def draw_patches(call: Call, inputs: list[Tensor], limit: int, generator: torch.
 def orthonormal(layer: Layer, generator: torch.Generator) -> Tensor:
     """Weights (groups, outputs, inputs, kernel) with orthonormal rows, or columns where there are more outputs."""
     groups, outputs, width, kernel = layer.blocks.shape
-    blocks = torch.empty(groups, outputs, width * kernel, device=layer.weight.device)
+    blocks = torch.empty(groups, outputs, width * kernel, device=layer.weight.device, dtype=torch.float32)
     for block in blocks:
         torch.nn.init.orthogonal_(block, generator=generator)
     return blocks.unflatten(2, (width, kernel))
@@ -273,4 +273,4 @@ def _inverse_sqrt(values: Tensor) -> Tensor:
 
 
 def _randn(shape, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device)
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)

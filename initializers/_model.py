@@ -1,7 +1,8 @@
 """What every step needs of a model: its inputs, its outputs, its dropout, and a safe way to change it."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,9 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     else is in evaluation mode: BatchNorm uses its running statistics, which are not updated. On a GPU convolutions and
     products are deterministic and of full precision: TF32 changes outputs by more than the between-layer step may.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():  # torch lets nobody change it
+            raise InitializationError(f"parameter {name} was made in inference mode: make the model outside of it")
     training = [(module, module.training) for module in model.modules()]
     restore = snapshot(model)
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
@@ -120,7 +124,7 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     try:
         for backend, name, value in ARITHMETIC:
             setattr(backend, name, value)
-        with torch.random.fork_rng(devices=list(devices)):
+        with _plain_modes(model), torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(seed)  # of dropout, and of models that draw random numbers even in evaluation mode
             yield
     except BaseException:
@@ -131,6 +135,21 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
             module.training = flag
         for backend, name, value in arithmetic:
             setattr(backend, name, value)
+
+
+@contextmanager
+def _plain_modes(model: nn.Module) -> Iterator[None]:
+    """None of the modes that a caller may be in: inference, autocast, a default device without memory, compilation."""
+    tensors = [*model.parameters(), *model.buffers()]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in {"cpu", *(tensor.device.type for tensor in tensors)} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type == "meta" and tensors:
+            stack.enter_context(tensors[0].device)
+        if "torch._dynamo" in sys.modules:  # which is slow to import, and nothing is compiled without it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def dropouts(model: nn.Module) -> dict[str, nn.modules.dropout._DropoutNd]:
