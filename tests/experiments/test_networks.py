@@ -106,6 +106,7 @@ def test_every_network_keeps_the_contract(name):
     assert all(isinstance(model.get_submodule(head), nn.Linear) for head in model.heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*NETWORKS} - {"caffenet"}))  # with which all other tests run them
 @pytest.mark.parametrize("script", COMMANDS)
 def test_every_network_works_in_every_command(name, script, demo, tmp_path):
