@@ -13,10 +13,8 @@ from torch.nn.utils import parametrize
 from initializers._function import Function, some
 from initializers._layers import AuxiliaryScaling, Layers
 from initializers._model import snapshot
-from initializers._rates import Measurement, usable_rates
+from initializers._rates import RATE_DRAWS, Measurement, usable_rates
 from initializers._report import Report
-
-RATE_DRAWS = 4  # top gradients for each image
 
 
 def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: int, seed: int, report: Report) -> Layers:

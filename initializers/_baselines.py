@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from initializers._filters import orthonormal
+from initializers._graph import Batches
 from initializers._layers import MODULES, NO_LAYER, Call, Layer, Layers, affine_modules
 from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped
 from initializers._report import LayerReport, Report
@@ -129,7 +130,7 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
         graph, _ = recorded(layers, inputs)
         report = Report([], images=len(inputs[0]))
 
-        def visit(call: Call, entering: Callable[[], list[Tensor]], compute: Callable[[], list[Tensor]]) -> None:
+        def visit(call: Call, entering: Batches, compute: Batches) -> None:
             started = time.perf_counter()
             layer = call.layer
             row = LayerReport(layer.name, tuple(layer.weight.shape), "orthonormal")

@@ -15,11 +15,10 @@ from initializers._function import Function, some
 from initializers._layers import Layers
 from initializers._lrn import MeasuredLRN
 from initializers._model import snapshot
-from initializers._rates import Measurement, usable_rates
+from initializers._rates import RATE_DRAWS, Measurement, usable_rates
 from initializers._report import Report
 from initializers._scales import Scales
 
-RATE_DRAWS = 4  # top gradients for each image, where the step is exact and need not be repeated
 PAPER_STEPS = 10  # "roughly 10 iterations", Algorithm 2
 MAX_STEPS = 10  # of the undamped step, where LRN makes it inexact
 SETTLED = 1.05  # spread at which these end; less than the spread between two samples of images

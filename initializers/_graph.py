@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from initializers._layers import AffineMode, Call, Layer, Layers, input_of, memory
+from initializers._layers import AffineMode, Call, Layer, Layers, dropout_of, input_of, memory
 from initializers._model import InitializationError, dropouts, outputs_of, tensors_of
 
 SIZES = (2, 3)  # of the recorded batches
@@ -28,9 +28,10 @@ _METADATA = {
 }
 
 
+Batches = Callable[[], list[Tensor]]
 # `visit(call, entering, compute)` is called at the first use of each affine layer: `entering()` gives its inputs and
 # `compute()` its outputs, a tensor for each batch. Inputs are not held while it computes.
-Visit = Callable[[Call, Callable[[], list[Tensor]], Callable[[], list[Tensor]]], None]
+Visit = Callable[[Call, Batches, Batches], None]
 
 _DIFFERENT = "what it does depends on the number of images, or a part of it cannot be seen"
 
@@ -307,9 +308,8 @@ class _Recorder(AffineMode):
 
 def _drops(operation: Operation) -> bool:
     """Whether it is active dropout."""
-    names = ("input", "p", "training")
-    given = dict(zip(names, operation.args, strict=False)) | operation.kwargs
-    return "dropout" in operation.name and bool(given.get("training", True) and given.get("p", 0.5))
+    probability, active = dropout_of(operation.name, operation.args, operation.kwargs)
+    return probability > 0 and active
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:

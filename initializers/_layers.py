@@ -314,10 +314,9 @@ class AffineMode(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
-        if "dropout" in func.__name__:
-            given = dict(zip(("input", "p", "train"), args, strict=False)) | kwargs
-            if given.get("p", 0.5) and not given.get("training", given.get("train", True)):
-                self.layers.functional_dropout.add(given.get("p", 0.5))
+        probability, active = dropout_of(func.__name__, args, kwargs)
+        if probability and not active:
+            self.layers.functional_dropout.add(probability)
         call = self.layers.call(func, args, kwargs, self.sources)
         output = self.operation(func, args, kwargs, call)
         if self.layers.is_scaling(func, args):
@@ -350,6 +349,14 @@ def forward(
     """
     with _Visitor(layers, visit):
         return outputs_of(layers.model, tuple(x.clone() for x in inputs))  # which a model may change in place
+
+
+def dropout_of(name: str, args: tuple, kwargs: dict) -> tuple[float, bool]:
+    """Probability of a call of a dropout function, 0 where it is another function, and whether it is active."""
+    if "dropout" not in name:
+        return 0.0, False
+    given = dict(zip(("input", "p", "train"), args, strict=False)) | kwargs
+    return given.get("p", 0.5), bool(given.get("training", given.get("train", True)))
 
 
 def input_of(args: tuple, kwargs: dict):

@@ -11,6 +11,7 @@ from initializers._layers import NO_LAYER, PIECE, Call, Layer, Layers, forward
 from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped
 from initializers._plot import plot_rates
 
+RATE_DRAWS = 4  # top gradients for each image, where a step is exact and need not be repeated
 IMAGES_AT_A_TIME = 16  # bounds the activations kept for the backward pass
 
 

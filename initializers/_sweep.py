@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from initializers._graph import Graph, UngraphableError, Visit, record
+from initializers._graph import Batches, Graph, UngraphableError, Visit, record
 from initializers._layers import NO_LAYER, Call, Layer, Layers, forward
 from initializers._model import InitializationError, dropouts, other_dropout
 
@@ -47,7 +47,7 @@ def sweep(layers: Layers, inputs: tuple[Tensor, ...], graph: Graph | None, visit
         visit(call, lambda: [x], compute_batch)
         return outputs[0]
 
-    def note(call: Call, entering: Callable[[], list[Tensor]], compute: Callable[[], list[Tensor]]) -> None:
+    def note(call: Call, entering: Batches, compute: Batches) -> None:
         seen.add(call.layer)
         visit(call, entering, compute)
 

@@ -9,14 +9,14 @@ and go on to the next layer with the outputs that these give. The columns of a l
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from initializers._filters import DATA_DRIVEN, draw_filters
-from initializers._graph import Graph
+from initializers._graph import Batches, Graph
 from initializers._layers import Call, Layer, Layers, channel_statistics
 from initializers._model import InitializationError
 from initializers._report import LayerReport, Report
@@ -40,7 +40,7 @@ def initialize_within(
     """Filters and Algorithm 1 in one pass over all images; `report` gets a row for each layer."""
     generator = torch.Generator(inputs[0].device).manual_seed(rule.seed)
 
-    def visit(call: Call, entering: Callable[[], list[Tensor]], compute: Callable[[], list[Tensor]]) -> None:
+    def visit(call: Call, entering: Batches, compute: Batches) -> None:
         start = time.perf_counter()
         layer = call.layer
         row = LayerReport(layer.name, tuple(layer.weight.shape))

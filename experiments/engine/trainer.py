@@ -176,7 +176,7 @@ def train(
             set_lr(optimizer, lr)
             optimizer.zero_grad()
             numbers = range(step * accumulate, (step + 1) * accumulate)
-            total += _accumulate(network, loss, batches, numbers, autocast)
+            _accumulate(network, loss, batches, numbers, autocast, total)
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
             optimizer.step()
@@ -220,13 +220,17 @@ class _Journal:
 
 
 def _accumulate(
-    network: nn.Module, loss: Callable, batches: Callable[[int], tuple], numbers: range, autocast: torch.autocast
-) -> Tensor:
-    """Add the mean gradient of the batches of these numbers to the parameters' gradients; the mean of what is shown.
+    network: nn.Module,
+    loss: Callable,
+    batches: Callable[[int], tuple],
+    numbers: range,
+    autocast: torch.autocast,
+    total: Tensor,
+) -> None:
+    """Add the mean gradient of the batches of these numbers to the parameters' gradients, and the mean loss to `total`.
 
     Processes exchange their gradients once, with those of the last batch.
     """
-    total = torch.zeros(())
     for number in numbers:
         inputs, targets = batches(number)
         last = not isinstance(network, DistributedDataParallel) or number == numbers[-1]
@@ -236,8 +240,7 @@ def _accumulate(
                 value = loss(output, targets)
             value, shown = value if isinstance(value, tuple) else (value, value)
             (value / len(numbers)).backward()
-        total = total.to(shown.device) + shown.detach() / len(numbers)
-    return total
+        total += shown.detach() / len(numbers)
 
 
 def _validate(model: nn.Module, validate: Callable[[], tuple[float, float, float]], folder: Path, done: int) -> None:

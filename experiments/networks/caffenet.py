@@ -101,7 +101,8 @@ class CaffeNet(nn.Sequential):
     @property
     def caffe_fillers(self) -> dict[str, tuple[float, float]]:
         """Standard deviation and bias of the reference initialization, for each layer."""
-        return {name: (self.std_factors[name] * std, bias) for name, (std, bias) in REFERENCE_FILLERS.items()}
+        factors = self.std_factors
+        return {name: (factors[name] * std, bias) for name, (std, bias) in REFERENCE_FILLERS.items()}
 
 
 def _pooled_size(input_size: int) -> int:
