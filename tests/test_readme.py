@@ -70,22 +70,51 @@ def test_make_targets_exist(target):
 @pytest.mark.parametrize(
     ("table", "columns"),
     [
-        ("table2", ("published", "map_step", "map_voc11")),
-        ("section4.4", ("published", "map_step", "map_voc11")),
-        ("table2-detection", ("published", "map_voc11", "map_area", "coco_ap")),
+        ("table2", ("map_step", "map_voc11")),
+        ("section4.4", ("map_step", "map_voc11")),
+        ("table2-detection", ("map_voc11", "map_area", "coco_ap")),
     ],
 )
 def test_results_are_those_of_the_records(table, columns):
     records = pd.read_csv(ROOT / "results" / "tables" / f"{table}.csv").query("preset == 'mini' and n > 0")
-    names = records["init"] if "network" not in records else records["network"] + records["init"]
-    expected = {name: [*map(one_decimal, row)] for name, row in zip(names, records[[*columns]].values, strict=True)}
+    expected = {
+        (record["network"] if "network" in records else "") + record["init"]: [
+            one_decimal(record["published"]),
+            *(one_decimal(record[column], record.get(f"{column}_std")) for column in columns),
+            str(record["n"]),
+        ]
+        for _, record in records.iterrows()
+    }
     block = re.search(r"(?:^\|.*\n)+|\Z", README.partition(f"(results/tables/{table}.md)")[2], re.M)[0]
-    rows = re.findall(r"^\| (?:(.*), )?`init=(.*?)`.*?((?: \| [\d.]*)+) \|$", block, re.M)
-    assert {network + init: cells.replace(" ", "").split("|")[1:] for network, init, cells in rows} == expected
+    rows = re.findall(r"^\| (?:(.*), )?`init=(.*?)`.*?((?: \| [\d.± ]*)+) \|$", block, re.M)
+    found = {network + init: [cell.strip() for cell in cells.split("|")[1:]] for network, init, cells in rows}
+    assert found == expected
 
 
-def one_decimal(value: float) -> str:
-    return "" if pd.isna(value) else f"{value:.1f}"
+def one_decimal(value: float, deviation: float | None = None) -> str:
+    if pd.isna(value):
+        return ""
+    return f"{value:.1f}" + ("" if pd.isna(deviation) else f" ± {deviation:.1f}")
+
+
+def test_first_losses_are_those_of_the_records():
+    records = pd.read_csv(ROOT / "results/tables/first_losses.csv").set_index("init")
+    block = README.partition("(results/tables/first_losses.md)")[2].partition("\n###")[0]
+    stated = {
+        init: [*map(float, cells.split("|"))] for init, cells in re.findall(r"^\| `init=(.*?)` \|(.*)\|$", block, re.M)
+    }
+    assert stated.keys() == set(records.index)
+    for init, (first, mini_first, last, mini_last) in stated.items():
+        record = records.loc[init]
+        assert [first, mini_first] == pytest.approx([record.paper_1_to_100, record.mini_1_to_100], abs=0.051)
+        assert [last, mini_last] == pytest.approx([record.paper_401_to_500, record.mini_401_to_500], abs=0.0051)
+
+
+@pytest.mark.parametrize("when", ["1_to_100", "401_to_500"])
+def test_training_begins_at_full_width_as_it_does_in_the_narrow_network(when):
+    records = pd.read_csv(ROOT / "results/tables/first_losses.csv")
+    ratios = records[f"paper_{when}"] / records[f"mini_{when}"]
+    assert ratios.between(0.5, 2).all()  # the same order of size
 
 
 @pytest.mark.parametrize("name", ["init", "train", "data"])
