@@ -27,6 +27,7 @@ from experiments.engine.optim import lr_policy, make_optimizer, set_lr
 
 CURVE_HEADER = "step,loss,lr,seconds"
 VALIDATION_HEADER = "step,loss,top1,top5"
+CUT_AT_ONCE = 16  # batches whose crops a GPU cuts together: a third of a small step is starting kernels
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -63,23 +64,34 @@ class CropBatches:
             raise ValueError(f"{len(cache)} images do not fill a batch of {batch_size}: lower train.batch_size")
         self.cache, self.targets = cache, targets.to(cache.pixels.device)
         self.batch_size, self.seed, self.mean, self.size, self.options = batch_size, seed, mean, size, options
-        self.epoch = -1
+        self.at_once = CUT_AT_ONCE if cache.pixels.is_cuda else 1
+        self.epoch = self.block = -1
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs (batch_size, 3, size, size) and targets (batch_size, ...) of iteration `step`, from 0."""
         epoch, batch = divmod(step, len(self.cache) // self.batch_size)
+        block, position = divmod(batch, self.at_once)
         if epoch != self.epoch:
             self._start(epoch)
-        part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+        if block != self.block:
+            self._cut(block)
+        part = slice(position * self.batch_size, (position + 1) * self.batch_size)
+        return self.inputs[part], self.cut_targets[part]
+
+    def _cut(self, block: int) -> None:
+        """Inputs and targets of `at_once` batches."""
+        images = self.at_once * self.batch_size
+        part = slice(block * images, (block + 1) * images)
         index = self.order[part]
-        return crop(self.cache, index, _take(self.crops, part), self.size, self.mean), self.targets[index]
+        self.inputs = crop(self.cache, index, _take(self.crops, part), self.size, self.mean)
+        self.block, self.cut_targets = block, self.targets[index]
 
     def _start(self, epoch: int) -> None:
         generator = seeded(self.seed, epoch)
         order = torch.randperm(len(self.cache), generator=generator)
         crops = _draw(self.cache, order, self.size, generator, self.options)
         device = self.cache.pixels.device
-        self.epoch, self.order, self.crops = epoch, order.to(device), crops.to(device)
+        self.epoch, self.block, self.order, self.crops = epoch, -1, order.to(device), crops.to(device)
 
 
 def train_as(

@@ -67,6 +67,14 @@ def test_a_batch_depends_on_the_seed_and_the_step_alone():
     assert all(not torch.equal(in_order[step][0], reseeded(step)[0]) for step in range(7))
 
 
+def test_batches_that_are_cut_together_are_those_that_are_cut_alone():
+    alone, together = batches_of(noise(17)), batches_of(noise(17))
+    together.at_once = 2  # of five batches an epoch, so that its last block is not full
+    for step in (*range(11), 3, 12, 4):
+        for a, b in zip(alone(step), together(step), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_crops_are_drawn_anew_every_epoch():
     batches = batches_of(noise(3))
     seen = [inputs[targets.argsort()] for inputs, targets in map(batches, range(20))]
