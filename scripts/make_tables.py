@@ -24,6 +24,7 @@ BASELINES = {
 METRICS = {"map_step": "step AP", "map_voc11": "11-point AP"}
 DETECTION_METRICS = {"map_voc11": "11-point AP", "map_area": "area AP", "coco_ap": "COCO AP"}
 ORIGIN = ("data", "device", "versions", "commit")
+ITERATIONS = "config.train.iterations"
 
 CAFFENET = "experiments.networks.CaffeNet"
 NETWORKS = {"GoogLeNet": "experiments.networks.GoogLeNet", "VGG-16": "experiments.networks.VGG16"}  # of section 4.4
@@ -182,6 +183,7 @@ def read_records(runs: Path, experiment: str, metrics: Mapping[str, str] = METRI
             row |= {name: 100 * float(record["metrics"][name]) for name in metrics}
             if not all(0 <= row[name] <= 100 for name in metrics):
                 raise ValueError(f"{record['metrics']} are not between 0 and 1")
+            row["device"] += ", TF32" * config.get("tf32", False)
             row["path"] = str(path)
             row["init"] = init_key(config["init"])
             row["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -195,7 +197,7 @@ def read_records(runs: Path, experiment: str, metrics: Mapping[str, str] = METRI
 
 def long_enough(records: pd.DataFrame) -> pd.DataFrame:
     """Without the runs that only show how training begins."""
-    return records if records.empty else records[records["config.train.iterations"].astype(int) >= SHORT]
+    return records if records.empty else records[records[ITERATIONS].astype(int) >= SHORT]
 
 
 def own_weights(runs: Path) -> dict[str, str]:
@@ -276,7 +278,12 @@ def table2(records: pd.DataFrame, paper: Path) -> dict[str, str]:
 
 
 def first_losses(records: pd.DataFrame, paper: Path) -> dict[str, str]:
-    """How training begins at full width and at preset `mini`, from the curves beside the records of seed 0."""
+    """How training begins at full width and at preset `mini`, from the curves beside the records of seed 0.
+
+    Of several runs the shortest counts.
+    """
+    if not records.empty:
+        records = records.sort_values(ITERATIONS, key=lambda column: column.astype(int), ascending=False)
     methods = pd.read_csv(paper / "table2.csv").set_index("init")["method"]
     columns = pd.MultiIndex.from_product([["paper", "mini"], ["1 to 100", "401 to 500"]])
     table = pd.DataFrame(index=methods.index, columns=columns, dtype=float)
@@ -422,15 +429,20 @@ def extent(values: pd.Series) -> str:
 
 
 def by_protocol(records: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The records by preset, and within a preset by the settings that differ, but initialization and seed."""
+    """The records by preset and iterations, and by the other settings that differ, but initialization and seed."""
     if records.empty:
         return {"paper": records}
     free = tuple(f"config.{name}" for name in ("init.", "seed", "data.root", *NOT_IDENTITY))
     found = {}
     for preset, group in records.groupby("preset"):
-        names = [name for name in differing(group, "config.") if not name.startswith(free)]
+        names = [name for name in differing(group, "config.") if not name.startswith((*free, ITERATIONS))]
         titles = [
-            ", ".join([preset, *(f"{name.removeprefix('config.')}={row[name]}" for name in names)])
+            ", ".join(
+                [
+                    f"{preset}, {int(row[ITERATIONS]):,} iterations",
+                    *(f"{name.removeprefix('config.')}={row[name]}" for name in names),
+                ]
+            )
             for _, row in group.iterrows()
         ]
         found |= dict(iter(group.groupby(pd.Series(titles, group.index))))

@@ -105,6 +105,7 @@ def test_the_papers_rows_are_initializations_that_the_command_offers():
                 assert [step for step in ("within", "between") if config.get(step)] == [*steps]
 
 
+MINI = "mini, 20,000 iterations"  # the title of the block of `RECORD`
 KMEANS = {"name": "kmeans", "method": "initialize", "within": True, "between": True, "bias": 0.1}
 RECORD = {
     "experiment": "voc_cls",
@@ -167,14 +168,14 @@ def test_rows_are_means_over_seeds_beside_the_published_number(runs, tmp_path):
     add("lsuv", config__init={"name": "lsuv", "method": "lsuv"}, metrics={"map_step": 0.20449, "map_voc11": 0.22})
     rows = csv_rows(folder, tmp_path)
 
-    kmeans = rows.loc["mini", "kmeans"]
+    kmeans = rows.loc[MINI, "kmeans"]
     assert kmeans[["published", "map_step", "map_voc11", "n"]].tolist() == [56.6, 26, 27, 3]
     assert kmeans["map_step_std"] == pytest.approx(np.std([24, 25, 29], ddof=1), rel=1e-5)
     assert kmeans["seeds"] == "0 1 2"
     origin = ["voc2007, 5008 + 4952 images", "a CPU", "python 3.12.1, torch 2.14.1", "fedcba9876"]
     assert kmeans[["data", "device", "versions", "commit"]].tolist() == origin
-    assert rows.loc["mini", "lsuv"][["map_step", "n"]].tolist() == [20.449, 1]  # to be rounded once
-    assert np.isnan(rows.loc["mini", "lsuv"]["map_step_std"])
+    assert rows.loc[MINI, "lsuv"][["map_step", "n"]].tolist() == [20.449, 1]  # to be rounded once
+    assert np.isnan(rows.loc[MINI, "lsuv"]["map_step_std"])
 
     text = make(folder)["table2.md"]
     assert "| Ours (k-means) | `kmeans` | 56.6 | 26.0 ± 2.6 | 27.0 ± 0.0 | 3 | 0 1 2 |" in text
@@ -195,7 +196,7 @@ def test_the_other_networks_have_a_block_each(runs, tmp_path):
     assert [*rows.index] == [(network, init) for network in ("GoogLeNet", "VGG-16") for init in ("kmeans", "gaussian")]
     assert rows.loc[("VGG-16", "kmeans"), ["published", "map_step", "n"]].tolist() == [53.8, 20.449, 1]
     assert rows["map_step"].count() == 1
-    assert "## VGG-16, preset mini" in tables["section4.4.md"]
+    assert f"## VGG-16, preset {MINI}\n" in tables["section4.4.md"]
     assert "| VGG-16, kmeans | `kmeans` | 53.8 | 20.4 | 27.0 | 1 | 0 |" in tables["section4.4.md"]
     assert "| Ours (k-means) | `kmeans` | 56.6 | 30.0 | 27.0 | 1 | 0 |" in tables["table2.md"]
 
@@ -256,7 +257,7 @@ def test_table1_has_a_column_for_each_optimizer_and_kind_of_filters(runs, tmp_pa
     add("lsuv", config__init={"name": "lsuv", "method": "lsuv"})
     tables = make(folder)
     assert tables["table1.md"].partition("## Preset ")[2] == (
-        "mini\n\n"
+        f"{MINI}\n\n"
         "| scaling | SGD, gaussian | SGD, kmeans | SGD + BN, gaussian | SGD + BN, kmeans "
         "| ADAM, gaussian | ADAM, kmeans | ADAM + BN, gaussian | ADAM + BN, kmeans |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
@@ -282,7 +283,7 @@ def test_what_was_not_measured_is_an_empty_cell_in_the_papers_order(runs, tmp_pa
     assert "| PyTorch default | `torch` |  |  |  |  |  |" in text
     paper = [*pd.read_csv(PAPER / "table2.csv")["init"]]
     assert [init for _, init in rows.index] == [*paper, "gaussian_unscaled", "torch", "lsuv"]
-    assert rows.drop(index=("mini", "kmeans"))[["map_step", "map_voc11", "n"]].isna().all(axis=None)
+    assert rows.drop(index=(MINI, "kmeans"))[["map_step", "map_voc11", "n"]].isna().all(axis=None)
 
 
 def test_without_records_the_published_numbers_are_left(tmp_path):
@@ -304,8 +305,8 @@ def test_other_initializations_get_rows_of_their_own(runs, tmp_path):
         "kmeans init.within=false init.between=false": (41.2, 5),
     }
     for init, expected in steps.items():
-        np.testing.assert_array_equal(rows.loc["mini", init][["published", "map_step"]].astype(float), expected)
-    assert np.isnan(rows.loc["mini", "kmeans"]["map_step"])
+        np.testing.assert_array_equal(rows.loc[MINI, init][["published", "map_step"]].astype(float), expected)
+    assert np.isnan(rows.loc[MINI, "kmeans"]["map_step"])
 
 
 def test_every_preset_and_every_changed_setting_is_a_block_of_its_own(runs):
@@ -313,13 +314,20 @@ def test_every_preset_and_every_changed_setting_is_a_block_of_its_own(runs):
     add("a", config__threads=2, config__data__root="elsewhere")
     add("b", config__threads=1, seed=1, config__seed=1)  # none of these makes another protocol
     add("wide", config__model__width=1.0)
+    add("long", config__train={"iterations": 80_000})
     add("paper", preset="paper", config__preset="paper")
     text = make(folder)["table2.md"]
     titles = re.findall("^## (.*)$", text, re.MULTILINE)
-    assert titles == ["Preset mini, model.width=0.5", "Preset mini, model.width=1.0", "Preset paper"]
+    assert titles == [
+        f"Preset {MINI}, model.width=0.5",
+        f"Preset {MINI}, model.width=1.0",
+        "Preset mini, 80,000 iterations, model.width=0.5",
+        "Preset paper, 20,000 iterations",
+    ]
     blocks = text.split("## ")[1:]
     assert [re.search(r"`kmeans` .* (\d) \| ([\d ]+) \|", block).groups() for block in blocks] == [
         ("2", "0 1"),
+        ("1", "0"),
         ("1", "0"),
         ("1", "0"),
     ]
@@ -487,12 +495,15 @@ def test_a_file_that_is_no_record_of_networks_is_an_error_that_names_it(tmp_path
 
 def test_how_training_begins_has_a_table_of_its_own(runs):
     folder, add = runs
-    for name, preset, iterations, first in (("short", "paper", 500, 7.5), ("whole", "mini", 20_000, 6.25)):
-        path = add(f"{name}/record", preset=preset, config__preset=preset, config__train={"iterations": iterations})
+    runs_of = [("whole", "paper", 40_000, 8.5), ("short", "paper", 500, 7.5), ("whole", "mini", 20_000, 6.25)]
+    for name, preset, iterations, first in runs_of:
+        path = add(
+            f"{preset}/{name}/record", preset=preset, config__preset=preset, config__train={"iterations": iterations}
+        )
         path.with_name("curve.csv").write_text(f"step,loss,lr,seconds\n100,{first},0.001,1\n500,4.5,0.001,5\n")
         path.with_name("init.json").write_text("{}")
     tables = make(folder)
     assert "| Ours (k-means) | 7.50 | 4.50 | 6.25 | 4.50 |" in tables["first_losses.md"]
     assert "| MSRA (He et al. 2015) |  |  |  |  |" in tables["first_losses.md"]
     rows = pd.read_csv(io.StringIO(tables["table2.csv"])).query("n > 0")
-    assert [*rows["preset"]] == ["mini"]
+    assert [*rows["preset"]] == [MINI, "paper, 40,000 iterations"]
