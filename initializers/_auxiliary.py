@@ -34,7 +34,7 @@ def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: in
     def insert(exponents: dict[str, float]) -> float:
         factors = {name: 2.0**exponent for name, exponent in exponents.items()}
         for owner, names in rows.items():
-            added.extend(_insert(model, owner, torch.tensor([factors[name] for name in names])))
+            added.extend(_insert(model, owner, torch.tensor([factors.get(name, 1.0) for name in names])))
         return function.change([])
 
     def remove() -> None:
@@ -51,7 +51,7 @@ def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: in
             exponents = {name: round(exponent) for name, exponent in exponents.items()}
             change = insert(exponents)
         function.check(change)
-        scaled = Layers(model)
+        scaled = Layers(model, trainable=True)
         last = usable_rates(scaled, images, seed, draws=RATE_DRAWS)
     except BaseException:
         remove()

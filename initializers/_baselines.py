@@ -125,7 +125,7 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
     start = time.perf_counter()
     model = unwrapped(model)
     with unchanged_on_error(model, seed):
-        inputs, layers = as_inputs(model, images), Layers(model)
+        inputs, layers = as_inputs(model, images), Layers(model, trainable=True)
         generator = torch.Generator(inputs[0].device).manual_seed(seed)
         graph, _ = recorded(layers, inputs)
         report = Report([], images=len(inputs[0]))
@@ -140,6 +140,9 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
             mean, variance = _moments(outputs)
             row.mean_before, row.std_before = mean, math.sqrt(variance)
             for _ in range(max_iterations):
+                if variance == 0 and len(inputs[0]) > 1 and not any(output.any() for output in outputs):
+                    row.add_note("its input is 0, so that its weights stay orthonormal")
+                    break
                 if not math.isfinite(variance) or variance == 0:
                     message = f"layer {layer.name}: its output has variance {variance}; pass varied images"
                     raise InitializationError(message)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from initializers._layers import Call, Layer
-from initializers._model import InitializationError
 
 Filters = Literal["gaussian", "pca", "zca", "kmeans", "patches", "orthonormal"]
 DATA_DRIVEN = ("pca", "zca", "kmeans", "patches")
@@ -57,7 +56,8 @@ def draw_filters(
 
     Returns:
         The weights (groups, outputs, inputs, kernel), the kind that was used, and a note: empty, or why it is another.
-        Transposed convolutions, which see no patches, and layers with fewer samples than outputs become Gaussian.
+        Transposed convolutions, which see no patches, layers with fewer samples than outputs, and those whose input
+        does not vary become Gaussian.
     """
     layer = call.layer
     if layer.transposed or not centre:
@@ -92,7 +92,7 @@ def _draw(
     if still.any():
         still = _same(patches)
     if still.all():
-        raise InitializationError("the layer's input has no variance: pass more, or more varied, images")
+        return _gaussian(layer, generator), "gaussian", "Gaussian filters, as its input does not vary"
     blocks = _as_blocks(layer, _from_patches(kind, patches, outputs, generator, direction))
     if not still.any():
         return blocks, kind, ""

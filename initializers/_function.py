@@ -33,7 +33,8 @@ class Function:
         Args:
             factors: by which the outputs are meant to have changed; empty where they are meant to stay.
         """
-        return ((self._compute(factors) - self.outputs).norm() / self.outputs.norm()).item()
+        change, size = (self._compute(factors) - self.outputs).norm().item(), self.outputs.norm().item()
+        return change / max(size, torch.finfo(torch.float64).tiny)  # a last layer that starts at 0 gives 0
 
     def check(self, change: float) -> None:
         """Raises InitializationError: the change is more than rounding."""
@@ -52,7 +53,7 @@ class Function:
             for batch in zip(*(x.split(IMAGES_AT_A_TIME) for x in self.inputs), strict=True):
                 outputs = outputs_of(self.model, tuple(x.clone() for x in batch))  # which a model may change in place
                 each = zip(outputs, factors or [1.0] * len(outputs), strict=True)
-                rows.append(torch.cat([output.flatten(1) / factor for output, factor in each], 1))
+                rows.append(torch.cat([output.reshape(len(output), -1) / factor for output, factor in each], 1))
         return torch.cat(rows)
 
 

@@ -49,7 +49,8 @@ def initialize(
     Args:
         model: any network. Its affine layers are the convolutions (of one to three dimensions, transposed ones too)
             and linear maps that run in evaluation mode, as modules, as functions or within attention, as long as
-            their weights are parameters. A layer used several times is normalised where it is used first.
+            their weights are parameters. Frozen parameters (`requires_grad=False`) stay as they are. A layer used
+            several times is normalised where it is used first.
         images: a float tensor (N, C, H, W), preprocessed as for training, or any iterable of batches (a tensor, or a
             tuple or dict whose first tensor is the input), or a tuple of tensors for a model of several inputs. The
             paper uses 160 images of the training set.
@@ -102,7 +103,7 @@ def initialize(
     model = unwrapped(model)
     with unchanged_on_error(model, seed):
         inputs = as_inputs(model, images)
-        layers = Layers(model)
+        layers = Layers(model, trainable=True)
         graph, problem = recorded(layers, inputs)
         before = constants(model)
         report = Report([], images=len(inputs[0]))
@@ -161,12 +162,13 @@ def _describe(layers: Layers, graph: Graph | None, report: Report) -> None:
     """What was not treated like the rest, and why."""
     seen = {layers.owner(tensor) for layer in layers.found.values() for tensor in (layer.weight, layer.bias)}
     parameters = layers.model.named_parameters()
-    report.kept = [name for name, parameter in parameters if parameter.ndim > 1 and name not in seen]
+    report.kept = [name for name, p in parameters if p.ndim > 1 and name not in seen and p.requires_grad]
+    report.frozen = [name for name, parameter in layers.model.named_parameters() if not parameter.requires_grad]
     report.inactive_dropout = inactive_dropout(layers, graph)
     uses = Counter(operation.call.layer.name for operation in graph.operations if operation.call) if graph else {}
     for row in report.layers:
         layer = layers.found[row.name]
-        if layer.computed_bias:
-            row.add_note("the model computes its bias, so that the mean is as it comes")
+        if layer.fixed_bias is not None:
+            row.add_note("its bias is computed or frozen, so that the mean is as it comes")
         if uses.get(row.name, 1) > 1:
             row.add_note(f"used {uses[row.name]} times, normalised where it is used first")

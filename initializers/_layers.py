@@ -28,7 +28,7 @@ AFFINE = {
 PIECE = 500_000  # values of a large tensor that are worked on at a time: 2 MB, which fit the cache
 # By the number of dimensions of the weight.
 _WEIGHT_GRADIENTS = {3: grad.conv1d_weight, 4: grad.conv2d_weight, 5: grad.conv3d_weight}
-NO_LAYER = "the model has no affine layer (convolution or linear) that runs: there is nothing to initialize"
+NO_LAYER = "the model has no affine layer (convolution or linear) that runs and is not frozen: there is nothing to do"
 MODULES = (nn.Linear, nn.modules.conv._ConvNd)
 
 # `multi_head_attention_forward` hands itself to the active mode before anything else; this copy goes straight on, so
@@ -72,7 +72,7 @@ class Layer:
         bias: likewise; None where there is none that can be set.
         groups, transposed: of a convolution.
         factor: the layer computes with `factor` times its weight and bias (see `AuxiliaryScaling`).
-        computed_bias: the model computes a bias of its own, which cannot be set.
+        fixed_bias: what it adds where that cannot be set, as the model computes it or it is frozen.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Layer:
     groups: int = 1
     transposed: bool = False
     factor: Tensor | None = None
-    computed_bias: bool = False
+    fixed_bias: Tensor | None = None
 
     @property
     def linear(self) -> bool:
@@ -170,6 +170,7 @@ class Layers:
     """The affine layers of a model, found as calls to them are seen."""
 
     model: nn.Module
+    trainable: bool = False  # only those whose weights are not frozen
     found: dict[str, Layer] = field(default_factory=dict)  # in order of execution
     per_image: bool | None = None  # whether the rows of all inputs are the images; None where nothing ran yet
     functional_dropout: set[float] = field(default_factory=set)  # probabilities of dropout by functions, inactive
@@ -185,6 +186,11 @@ class Layers:
     def _owner(self, tensor: Tensor) -> tuple[str | None, Tensor | None]:
         candidates = self._parameters.get(memory(tensor), ())
         return next((found for found in candidates if overlap(found[1], tensor)), (None, None))
+
+    def _is_kept(self, tensor: Tensor) -> bool:
+        """Whether a tensor belongs to a parameter that is frozen, where these are left alone."""
+        _, parameter = self._owner(tensor)  # views of it that are made without gradients look frozen themselves
+        return self.trainable and parameter is not None and not parameter.requires_grad
 
     @cached_property
     def _factors(self) -> dict[int, Tensor]:
@@ -213,19 +219,18 @@ class Layers:
         weight, factor = _source(given["weight"], sources)
         bias, _ = (None, None) if given.get("bias") is None else _source(given["bias"], sources)
         name = self._name(weight)
-        if name is None:
+        if name is None or self._is_kept(weight):
             return None
         transposed = func.__name__.startswith("conv_transpose")
         layer = self.found.get(name)
         if layer is None:
-            computed = bias is not None and self.rows(bias) is None
-            layer = Layer(
-                name, weight, None if computed else bias, given.get("groups", 1), transposed, factor, computed
-            )
+            fixed = bias if bias is not None and (self.rows(bias) is None or self._is_kept(bias)) else None
+            bias = bias if fixed is None else None
+            layer = Layer(name, weight, bias, given.get("groups", 1), transposed, factor, fixed)
             self.found[name] = layer
         elif (layer.groups, layer.transposed) != (given.get("groups", 1), transposed):
             return None  # a tied weight, which is a layer only as what it was first
-        elif bias is not None and (layer.bias is None or not overlap(bias, layer.bias)) and not layer.computed_bias:
+        elif bias is not None and (layer.bias is None or not overlap(bias, layer.bias)) and layer.fixed_bias is None:
             return None
         if layer.linear:
             return Call(layer)

@@ -158,9 +158,9 @@ class _Propagation:
         return isinstance(leaf, Ref) and leaf.index in self.graph.varying
 
     def _parameter(self, leaf) -> Tensor | None:
-        """The whole parameter that an argument is."""
+        """The whole parameter that an argument is, where it is not frozen."""
         tensor = self.graph.constants.get(leaf.index) if isinstance(leaf, Ref) else None
-        return tensor if isinstance(tensor, nn.Parameter) else None
+        return tensor if isinstance(tensor, nn.Parameter) and tensor.requires_grad else None
 
     def _pin(self, labels: Tensor) -> None:
         for label in labels.unique().tolist():
@@ -342,7 +342,7 @@ class _Propagation:
         labels = self._of(input_of(operation.args, operation.kwargs))
         channel = labels.ndim - 1 if layer.linear else labels.ndim - layer.weight.ndim + 1
         vector = self._uniform(labels, [d for d in range(labels.ndim) if d != channel]).flatten().long().clamp_min(0)
-        output = PINNED if layer.computed_bias else self.scales.new()
+        output = self.scales.new() if layer.fixed_bias is None else PINNED
         use = Use(layer, vector.view(layer.groups, -1), output)
         first = self.uses.setdefault(layer.name, use)
         if first is use:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,11 @@ def change_rate(model: nn.Module, images, *, seed: int = 0) -> Rates:
         images: as in `initialize`; the paper uses 100 images of the validation set.
         seed: of eta.
 
+    Returns:
+        The rates: 0 for a layer that no gradient reaches, infinite where all weights are 0.
+
     Raises:
-        InitializationError: unusable model or images, or a layer whose weights are all zero.
+        InitializationError: unusable model or images, or an output that depends on no layer.
     """
     model = unwrapped(model)
     with unchanged_on_error(model, seed):
@@ -92,25 +95,20 @@ class Measurement:
             apart, or (1, groups, inputs) for all together.
         weights: per layer, the mean square of each input channel's weights when measured; float64 (groups, inputs).
         outputs: of the model, all that depend on its weights, in one row per image: (N, values).
+        left_out: layers of which `squares` and `weights` hold nothing, as they do not learn yet, and why.
     """
 
     layers: dict[str, Layer]
     squares: dict[str, Tensor]
     weights: dict[str, Tensor]
     outputs: Tensor
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def rates(self) -> Rates:
         """The change rates."""
-        columns = {}
-        for name, squares in self.squares.items():
-            weight = self.weights[name].mean()
-            if weight == 0:
-                raise InitializationError(
-                    f"layer {name}: its weights are all zero, so it has no change rate; initialize it"
-                )
-            columns[name] = (squares.sum(0).mean(0) / weight).sqrt()
-        return Rates(columns)
+        gradients = {name: squares.sum(0).mean(0) for name, squares in self.squares.items()}
+        return Rates({name: _rate(gradient, self.weights[name].mean()) for name, gradient in gradients.items()})
 
 
 def measure(
@@ -154,14 +152,9 @@ def measure(
                 for name, uses in _gradients(group, noise, calls, keep=not last).items():
                     found = _column_squares(used[name], uses, images) / (count * draws)
                     squares.setdefault(name, found.new_zeros(len(together), *found.shape))[number] += found
-        missing = next((name for name in used if name not in squares), None)
-        if missing is not None:
-            raise InitializationError(f"layer {missing}: the output of the model does not depend on it")
-        tops.append(torch.cat([output.detach().flatten(1) for output in top if output.requires_grad], 1))
-    for name, layer in used.items():
-        if layer.factor is not None:  # what is stored is what learns
-            squares[name] *= layer.factor.item() ** 2
-    return Measurement(used, squares, {name: _mean_squares(layer) for name, layer in used.items()}, torch.cat(tops))
+        tops.append(_rows(top))
+    weights = {name: _mean_squares(layer) for name, layer in used.items()}
+    return Measurement(used, _of_stored(used, squares), weights, torch.cat(tops))
 
 
 def usable_rates(
@@ -175,16 +168,28 @@ def usable_rates(
 ) -> Measurement:
     """Change rates that can be equalised; arguments as of `measure`.
 
+    Layers that do not learn yet, such as those of a branch that starts at 0, are left out of them.
+
     Raises:
-        InitializationError: they overflow, or a layer does not learn at all.
+        InitializationError: they overflow, or no layer learns.
     """
     measurement = measure(layers, inputs, seed, before=before, draws=draws, apart=apart)
-    mean = measurement.rates.mean
-    if not torch.isfinite(measurement.outputs).all() or math.inf in mean.values():
+    squares, weights = measurement.squares, measurement.weights
+    if not all(torch.isfinite(values).all() for values in (measurement.outputs, *squares.values(), *weights.values())):
         raise InitializationError("the output or its gradient overflows: normalise the images, or use within=True")
-    still = next((name for name, rate in mean.items() if not rate > 0), None)
-    if still is not None:
-        raise InitializationError(f"layer {still}: no gradient reaches its weights on these images; initialize it")
+    for name in measurement.layers:
+        if not weights[name].any():
+            measurement.left_out[name] = "its weights are all 0"
+        elif not squares[name].any():
+            measurement.left_out[name] = "no gradient reaches it on these images"
+        else:
+            continue
+        del squares[name], weights[name]
+    if not squares:
+        raise InitializationError(
+            "no layer learns: on these images no gradient reaches any weights that are not 0; initialize the model, or "
+            "give a last layer that starts at 0 random weights for this call"
+        )
     return measurement
 
 
@@ -233,6 +238,29 @@ def _gradients(
         if gradient is not None:
             uses.setdefault(call.layer.name, []).append((call, x, gradient))
     return uses
+
+
+def _rate(gradient: Tensor, weight: Tensor) -> Tensor:
+    """C_k,j from the mean squares of gradients (inputs,) and of weights; weights of 0 change infinitely fast."""
+    return torch.full_like(gradient, math.inf) if weight == 0 else (gradient / weight).sqrt()
+
+
+def _rows(top: list[Tensor]) -> Tensor:
+    """The outputs that depend on the weights, in one row for each image: (N, values)."""
+    learned = [output.detach().reshape(len(output), -1) for output in top if output.requires_grad]
+    if not learned:
+        raise InitializationError("the output of the model does not depend on the weights of its layers")
+    return torch.cat(learned, 1)
+
+
+def _of_stored(used: dict[str, Layer], squares: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Squared gradients of what is stored, in the order of the layers; 0 where the output does not depend on one."""
+    found = {}
+    for name, layer in used.items():
+        factor = 1.0 if layer.factor is None else layer.factor.item()
+        none = torch.zeros(1, *layer.blocks.shape[::2], dtype=torch.float64)
+        found[name] = squares.get(name, none) * factor**2
+    return found
 
 
 @torch.no_grad()

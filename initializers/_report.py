@@ -18,7 +18,8 @@ class LayerReport:
         note: what is particular about it, such as why it got other filters than those asked for; empty otherwise.
         mean_before, std_before: of its output before the within-layer step, averaged over channels.
         mean_after, std_after: the same after the within-layer step.
-        rate_before, rate_after: average change rate before and after the between-layer step.
+        rate_before, rate_after: average change rate before and after the between-layer step; None where it does not
+            learn yet.
         scale: what the between-layer step multiplied its weights by.
         seconds: time for the filters and the within-layer step.
     """
@@ -51,6 +52,7 @@ class Report:
         rate_images: number of them on which the between-layer step measured change rates.
         rounds: times the between-layer step was applied.
         kept: parameters of two or more dimensions that are no weights of an affine layer which ran: not initialized.
+        frozen: parameters with `requires_grad=False`, which stay as they are.
         inactive_dropout: what drops at random in training, but did not here: dropout as a function or inside attention,
             stochastic depth. Dropout modules are active.
         lrn: what the between-layer step did about local response normalisation: "exact" scaled the constant, "estimate"
@@ -69,6 +71,7 @@ class Report:
     rate_images: int = 0
     rounds: int = 0
     kept: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
     inactive_dropout: list[str] = field(default_factory=list)
     lrn: str | None = None
     unsaved: list[str] = field(default_factory=list)
@@ -95,6 +98,8 @@ class Report:
         for row in self.layers:
             row.rate_before, row.rate_after = before.get(row.name), after.get(row.name)
             row.scale = factors.get(row.name)
+            if row.name in last.left_out:
+                row.add_note(f"left out of the balance: {last.left_out[row.name]}")
         self.rate_images = len(first.outputs)
 
     def to_dict(self) -> dict:
@@ -132,6 +137,8 @@ class Report:
         lines += [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
         if self.kept:
             lines.append(f"not initialized: {', '.join(self.kept)}")
+        if self.frozen:
+            lines.append(f"frozen, left as they are: {_some(self.frozen)}")
         if self.inactive_dropout:
             names = ", ".join(self.inactive_dropout)
             lines.append(f"inactive here, though random in training: {names}; dropout modules are active")
@@ -145,7 +152,7 @@ def _some(names: list[str]) -> str:
 
 def _spread(rates: list[float | None]) -> float | None:
     known = [rate for rate in rates if rate is not None]
-    return max(known) / min(known) if known and len(known) == len(rates) else None
+    return max(known) / min(known) if known else None
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

@@ -199,9 +199,10 @@ class Scales:
         Multiplying the weights of an input channel by r divides their gradient by r, as the function stays; multiplying
         a free output by s multiplies what its top gradient contributes by s.
         """
-        logs, slopes = u.new_zeros(len(self.uses)), u.new_zeros(len(self.uses), len(u))
+        uses = [use for use in self.uses if use.layer.name in measurement.squares]  # those that learn
+        logs, slopes = u.new_zeros(len(uses)), u.new_zeros(len(uses), len(u))
         outputs = torch.tensor(self.outputs or [PINNED])
-        for row, use in enumerate(self.uses):
+        for row, use in enumerate(uses):
             apart, weights = measurement.squares[use.layer.name], measurement.weights[use.layer.name]
             change = 2 * (u[use.output] - u[use.incoming])
             apart = apart * (2 * u[outputs]).exp().view(-1, 1, 1) * (-change).exp()

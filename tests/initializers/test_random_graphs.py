@@ -221,8 +221,6 @@ def test_initialization(network, filters):
     model, _ = network
     images, fresh = draw(3, 24, model.convolutional), draw(5, 4, model.convolutional)
     models = [copy.deepcopy(model) for _ in range(3)]
-    for parameter in models[0].parameters():
-        parameter.requires_grad_(parameter.ndim == 1)
     before = everything(models[0])
     options = {"filters": filters, "seed": 4}
     try:

@@ -117,7 +117,7 @@ def test_what_was_treated_in_another_way(between, images):
     assert {name: row.note for name, row in rows.items() if row.note} == {
         "up": "Gaussian filters, as a transposed convolution sees no patches",
         "twice": "used 2 times, normalised where it is used first",
-        "matrix": "the model computes its bias, so that the mean is as it comes",
+        "matrix": "its bias is computed or frozen, so that the mean is as it comes",
     }
     assert [row.filters for row in rows.values()] == ["kmeans"] + ["gaussian"] * 4
     assert rows["twice"].mean_after == pytest.approx(0.1, abs=1e-4)

@@ -157,7 +157,7 @@ def check_within(report, found):
         assert alive.any()
         assert (std[alive] - 1).abs().max() < 1e-3, row.name
         if layer.computed_bias:
-            assert "computes its bias" in row.note
+            assert "bias is computed" in row.note
         elif "keep their mean" in row.note:
             assert layer.bias is None
         else:

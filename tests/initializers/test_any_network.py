@@ -1,0 +1,358 @@
+"""Networks as people write them: right, noted, or one clear error. Statistics are measured with hooks of their own."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from initializers import InitializationError, change_rate, initialize, lsuv, rescale
+
+
+@pytest.fixture
+def images():
+    """Of different brightness, from dark to bright."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(48, 3, 16, 16, generator=generator) * torch.linspace(0.2, 2, 48).view(-1, 1, 1, 1)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def assert_same(model, before):
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
+
+
+def statistics(model, images, names):
+    """Name -> largest deviations, over its channels, from standard deviation 1 and from the bias as a mean."""
+    found, modules = {}, dict(model.named_modules())
+
+    def hook(name):
+        def keep(module, _, output):
+            axis = -1 if isinstance(module, nn.Linear) else 1
+            channels = output.detach().double().movedim(axis, 0).flatten(1)
+            std = (channels.std(1, correction=0) - 1).abs().max().item()
+            found[name] = std, (channels.mean(1) - 0.1).abs().max().item()
+
+        return keep
+
+    handles = [modules[name].register_forward_hook(hook(name)) for name in names]
+    with torch.no_grad():
+        model.eval()(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def assert_normalised(model, images, names, tolerance=1e-3):
+    for name, deviations in statistics(model, images, names).items():
+        assert max(deviations) < tolerance, (name, deviations)
+
+
+# Frozen parameters.
+
+
+def backbone_and_head():
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten())
+    model = nn.Sequential(backbone, nn.Sequential(nn.Linear(1152, 16), nn.ReLU(), nn.Linear(16, 5)))
+    backbone.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"nonhomogeneous": "scale"}, {"filters": "gaussian", "between": False}])
+def test_a_frozen_backbone_is_kept_and_listed(images, options):
+    model = backbone_and_head()
+    before = state(model[0])
+    report = initialize(model, images, **options)
+    assert_same(model[0], before)
+    assert report.frozen == [f"0.{name}" for name in before]
+    assert [row.name.split(".")[0] for row in report.layers] == ["1", "1"]
+    assert "frozen, left as they are: 0.0.weight, 0.0.bias, 0.2.weight and 1 more" in str(report)
+    if not options.get("between", True):
+        assert_normalised(model, images, ["1.0", "1.2"])
+
+
+@pytest.mark.parametrize("call", [rescale, lsuv])
+def test_other_functions_keep_what_is_frozen(images, call):
+    model = backbone_and_head()
+    before = state(model[0])
+    call(model, images)
+    assert_same(model[0], before)
+
+
+def test_a_frozen_bias_leaves_the_mean_and_the_next_layers_see_it(images):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1568, 6), nn.ReLU(), nn.Linear(6, 4))
+    for layer in (model[0], model[3]):
+        nn.init.normal_(layer.bias, std=3)
+        layer.bias.requires_grad_(False)
+    biases = [layer.bias.clone() for layer in (model[0], model[3])]
+    report = initialize(model, images, between=False)
+    assert [torch.equal(layer.bias, bias) for layer, bias in zip((model[0], model[3]), biases, strict=True)] == [
+        True
+    ] * 2
+    found = statistics(model, images, ["0", "3", "5"])
+    assert all(std < 1e-3 for std, _ in found.values())
+    assert found["5"][1] < 1e-3  # what comes to it is what the frozen biases give
+    assert "its bias is computed or frozen" in report.layers[0].note
+
+
+def test_a_frozen_normalisation_and_a_frozen_layer_in_the_middle_keep_the_function(images):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(1152, 5)).eval()
+    for layer in (model[1], model[3]):
+        layer.requires_grad_(False)
+    before, expected = copy.deepcopy(model), model(images)
+    report = rescale(model, images)
+    for i in (1, 3):
+        assert torch.equal(model[i].weight, before[i].weight)
+        assert torch.equal(model[i].bias, before[i].bias)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+    assert report.spread_after <= report.spread_before
+    assert report.frozen == ["1.weight", "1.bias", "3.weight", "3.bias"]
+
+
+def test_packed_projections_may_be_frozen_as_a_whole(images):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attention = nn.Linear(48, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = self.embed(x.flatten(2).transpose(1, 2).reshape(len(x), 16, 48))
+            return self.head(x + self.attention(x, x, x)[0]).mean(1)
+
+    torch.manual_seed(0)
+    model = Attention()
+    model.attention.in_proj_weight.requires_grad_(False)
+    before = model.attention.in_proj_weight.clone()
+    report = initialize(model, images)
+    assert torch.equal(model.attention.in_proj_weight, before)
+    assert report.frozen == ["attention.in_proj_weight"]
+    assert [row.name for row in report.layers] == ["embed", "attention.out_proj", "head"]
+
+
+def test_a_model_that_is_frozen_whole_is_an_error(images):
+    model = backbone_and_head().requires_grad_(False)
+    for call in (initialize, rescale, lsuv):
+        with pytest.raises(InitializationError, match=r"no affine layer .* that runs and is not frozen"):
+            call(model, images)
+    assert len(change_rate(model, images).mean) == 4  # which changes nothing, and looks at all
+
+
+# Branches that start at zero.
+
+
+class Residual(nn.Module):
+    """A block whose branch ends in what `zero` makes 0."""
+
+    def __init__(self, zero):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.one, self.two, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.gate, self.scale = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(8, 1, 1))
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.head = nn.Linear(8, 5)
+        nn.init.zeros_(self.get_parameter(zero))
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        y = self.norm(self.two(self.one(x).relu())) * self.scale
+        y = y * self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.head((x + self.gate * y).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("zero", ["norm.weight", "gate", "scale"])
+@pytest.mark.parametrize("options", [{}, {"nonhomogeneous": "scale"}, {"filters": None}])
+def test_a_branch_that_starts_at_zero_waits(images, zero, options):
+    torch.manual_seed(0)
+    model = Residual(zero)
+    report = initialize(model, images, **options)
+    notes = {row.name: row.note for row in report.layers}
+    assert "left out of the balance: no gradient reaches it" in notes["one"]
+    assert "left out of the balance" not in notes["stem"] + notes["head"]
+    rates = change_rate(model, images).mean
+    assert rates["one"] == 0
+    assert max(rates["stem"], rates["head"]) < 1.6 * min(rates["stem"], rates["head"])
+    assert not model.get_parameter(zero).any()  # as it was meant
+    names = ["stem", "head"] if zero == "norm.weight" else ["stem", "one", "two", "head"]
+    if not options:
+        model = Residual(zero)
+        initialize(model, images, between=False)
+        assert_normalised(model, images, names)
+
+
+def test_resnet_with_zero_last_norms(images):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(zero_init_residual=True).eval()
+    report = initialize(model, images[:16], "gaussian")
+    assert report.spread_after < 1.05
+    waiting = [row.name for row in report.layers if "left out of the balance" in row.note]
+    assert waiting == [f"layer{i}.{j}.conv{k}" for i in (1, 2, 3, 4) for j in (0, 1) for k in (1, 2)]
+
+
+@pytest.mark.parametrize("call", [rescale, lambda model, images: initialize(model, images, None)])
+def test_a_last_layer_that_is_zero_is_an_error_that_says_what_to_do(images, call):
+    model = backbone_and_head().requires_grad_(True)
+    nn.init.zeros_(model[1][2].weight)
+    before = state(model)
+    with pytest.raises(
+        InitializationError, match=r"no layer learns: .*give a last layer that starts at 0 random weights"
+    ):
+        call(model, images)
+    assert_same(model, before)
+    nn.init.normal_(model[1][2].weight, std=0.01)  # the remedy
+    call(model, images)
+
+
+def test_a_convolution_that_is_zero_stays_so_without_filters(images):
+    model = backbone_and_head().requires_grad_(True)
+    model[0][2] = nn.Sequential(model[0][2], Skip(nn.Conv2d(8, 8, 1)))
+    nn.init.zeros_(model[0][2][1].layer.weight)
+    report = initialize(model, images, None)
+    assert {row.name: row.note for row in report.layers}["0.2.1.layer"].startswith("its weights are all 0 and stay so")
+    assert report.spread_after < 1.05
+    assert change_rate(model, images).mean["0.2.1.layer"] == float("inf")
+
+
+class Skip(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return x + self.layer(x)
+
+
+def test_a_head_that_is_computed_and_not_returned_is_noted(images):
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.side, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.stem(x).relu().mean((2, 3))
+            self.auxiliary = self.side(x)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model = Auxiliary()
+    report = initialize(model, images)
+    assert "left out of the balance" in {row.name: row.note for row in report.layers}["side"]
+    assert report.spread_after < 1.05
+    assert change_rate(model, images).mean["side"] == 0
+
+
+# Values that do not depend on the image.
+
+
+class Query(nn.Module):
+    """A learned token asks the positions, after layers of its own."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 4, stride=4)
+        self.token = nn.Parameter(start(1, 1, 16))
+        self.q, self.kv, self.out = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        q = self.q(self.token.expand(len(x), -1, -1))
+        k, v = self.kv(x).chunk(2, -1)
+        return self.out(torch.softmax(q @ k.transpose(1, 2) / 4, -1) @ v).flatten(1)
+
+
+@pytest.mark.parametrize("start", [torch.randn, torch.zeros])
+@pytest.mark.parametrize("filters", ["kmeans", "gaussian", "orthonormal", None])
+def test_a_learned_query(images, filters, start):
+    torch.manual_seed(0)
+    model = Query(start)
+    report = initialize(model, images, filters, between=False)
+    assert "its input is the same for all images" in {row.name: row.note for row in report.layers}["q"]
+    assert_normalised(model, images, ["embed", "kv", "out"])
+    values = model.q(model.token).detach() - model.q.bias.detach()
+    assert torch.equal(model.q.bias, torch.full((16,), 0.1))
+    if start is torch.randn:
+        assert values.square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
+    else:
+        assert model.q.weight.square().sum(1).mean().sqrt().item() == pytest.approx(1, rel=1e-4)
+    whole = Query(start)
+    assert initialize(whole, images, filters).output_change < 1e-5
+
+
+class Recurrent(nn.Module):
+    """An update of a state that starts at 0, twice, from the image and the state before."""
+
+    def __init__(self):
+        super().__init__()
+        self.look, self.update = nn.Linear(768, 12), nn.Linear(12, 12)
+        self.time, self.head = nn.Linear(4, 12), nn.Linear(12, 5)
+        self.register_buffer("steps", torch.linspace(0, 1, 4))
+
+    def forward(self, x):
+        x = self.look(x.flatten(1))
+        state = x.new_zeros(len(x), 12)
+        for _ in range(2):
+            state = (self.update(state) + x + self.time(self.steps.expand(len(x), -1))).tanh()
+        return self.head(state)
+
+
+@pytest.mark.parametrize("filters", ["pca", "gaussian"])
+def test_a_state_that_starts_at_zero_and_an_embedding_of_time(images, filters):
+    torch.manual_seed(0)
+    model = Recurrent()
+    report = initialize(model, images, filters, between=False)
+    notes = {row.name: row.note for row in report.layers}
+    assert all("its input is the same for all images" in notes[name] for name in ("update", "time"))
+    assert_normalised(model, images, ["look", "head"])
+    assert model.update.weight.square().sum(1).mean().sqrt().item() == pytest.approx(1, rel=1e-4)
+    assert (model.time(model.steps) - model.time.bias).square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
+    lsuv(copy.deepcopy(model), images)
+
+
+def test_positions_without_images_vary_over_the_positions(images):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.place, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(2, 8, 1), nn.Linear(8, 5)
+
+        def forward(self, x):
+            grid = torch.stack(torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij"))
+            place = self.place(grid.expand(len(x), -1, -1, -1))
+            return self.head((self.embed(x) + place).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Positions()
+    initialize(model, images, between=False)
+    assert_normalised(model, images, ["embed", "place", "head"])
+
+
+def test_one_image_tells_no_variance(images):
+    with pytest.raises(InitializationError, match=r"zero variance on 1 image.*; pass more"):
+        initialize(Query(torch.randn), images[:1], "gaussian")
+
+
+# Outputs.
+
+
+@pytest.mark.parametrize("shape", [lambda y: y[:, 0], lambda y: {"score": y.squeeze(1)}, lambda y: (y[:, 0], y)])
+def test_one_value_for_each_image(images, shape):
+    class Score(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 1)
+
+        def forward(self, x):
+            return shape(self.head(self.stem(x).relu().mean((2, 3))))
+
+    torch.manual_seed(0)
+    model = Score()
+    assert initialize(model, images).spread_after < 1.05
+    assert initialize(Score(), images, nonhomogeneous="scale").spread_after < 1.05
+    assert len(change_rate(model, images).mean) == 2
+    lsuv(model, images)
