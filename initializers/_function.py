@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from initializers._layers import Layers
-from initializers._model import InitializationError, outputs_of, without_dropout
+from initializers._model import InitializationError, outputs_of, without_dropout, without_memory
 
 IMAGES = 32  # on which the function must not change
 IMAGES_AT_A_TIME = 16
@@ -51,7 +51,10 @@ class Function:
         rows = []
         with without_dropout(self.model):
             for batch in zip(*(x.split(IMAGES_AT_A_TIME) for x in self.inputs), strict=True):
-                outputs = outputs_of(self.model, tuple(x.clone() for x in batch))  # which a model may change in place
+                with without_memory(self.model):
+                    outputs = outputs_of(
+                        self.model, tuple(x.clone() for x in batch)
+                    )  # which a model may change in place
                 each = zip(outputs, factors or [1.0] * len(outputs), strict=True)
                 rows.append(torch.cat([output.reshape(len(output), -1) / factor for output, factor in each], 1))
         return torch.cat(rows)

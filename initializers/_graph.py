@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from initializers._layers import AffineMode, Call, Layer, Layers, dropout_of, input_of, memory
-from initializers._model import InitializationError, dropouts, outputs_of, tensors_of
+from initializers._model import InitializationError, dropouts, outputs_of, tensors_of, without_memory
 
 SIZES = (2, 3)  # of the recorded batches
 SAMPLES = 1280  # images times masks times positions behind dropout, at least: they give a variance to 4 %
@@ -233,7 +233,7 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
     hooks += [m.register_forward_pre_hook(recorder.drops) for m in dropouts(layers.model).values()]
     hooks += [norm.register_forward_hook(recorder.leave, always_call=True) for norm in norms]
     try:
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), without_memory(layers.model), recorder:
             outputs = outputs_of(layers.model, inputs)
     finally:
         for hook in hooks:
@@ -295,6 +295,7 @@ class _Recorder(AffineMode):
             known = [self.values.get(id(tensor)) for tensor in tensors]
             pairs = zip(tensors, known, strict=True)
             changed = step.outputs = [self.new(tensor, varying) if i is None else i for tensor, i in pairs]
+            self.graph.shapes.update((i, tensor.shape) for i, tensor in zip(changed, tensors, strict=True))  # resized
         elif output is None or not varying or func.__name__ in _METADATA:
             return output
         else:

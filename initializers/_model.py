@@ -1,6 +1,8 @@
 """What every step needs of a model: its inputs, its outputs, its dropout, and a safe way to change it."""
 
+import copy
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -210,6 +212,62 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             setattr(module, name, value)
 
     return restore
+
+
+@contextmanager
+def without_memory(model: nn.Module) -> Iterator[None]:
+    """What a forward pass inside, with its backward pass, changes of buffers and attributes is afterwards as it was.
+
+    Caches that the first pass fills, counters, running means, activations that are kept: every pass finds the same.
+    Containers are restored in what they hold; objects of other classes are not looked into.
+    """
+    dicts, tensors = _held([vars(module) for module in model.modules()])
+    before = [(held, copy.copy(held)) for held in dicts]
+    values = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for held, copied in before:
+            _refill(held, copied)
+        for tensor, version, value in values:
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.detach_().resize_(value.shape).copy_(value)
+
+
+def _held(roots: list[dict]) -> tuple[list, list[Tensor]]:
+    """The containers below some dictionaries, themselves among them, and the tensors in them that are no parameters."""
+    containers: list = []
+    tensors: list[Tensor] = []
+    seen: set[int] = set()
+    waiting: list = [*roots]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict | list | set | deque):
+            containers.append(value)
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
+            tensors.append(value)
+    return containers, tensors
+
+
+def _refill(held, copied) -> None:
+    """Give a container what a copy of it holds, where that is not the same."""
+    pairs = zip(_flat(held), _flat(copied), strict=False)
+    if len(held) == len(copied) and all(one is other for one, other in pairs):
+        return
+    held.clear()
+    if isinstance(held, list | deque):
+        held.extend(copied)
+    else:
+        held.update(copied)
+
+
+def _flat(held) -> list:
+    return [*held, *held.values()] if isinstance(held, dict) else [*held]
 
 
 def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:

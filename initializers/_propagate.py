@@ -102,15 +102,10 @@ class _Propagation:
             if operation.call is None and not any(map(self._is_followed, operation.inputs)):
                 continue
             try:
-                found = self._apply(operation, name)
+                self._label(operation, self._apply(operation, name))
             except (RuntimeError, TypeError, IndexError, ValueError) as error:
                 message = f"the between-layer step cannot follow {operation.name} ({error}); pass between=False"
                 raise InitializationError(message) from error
-            for index, labels in zip(operation.outputs, found, strict=True):
-                if index in operation.inputs and labels.shape == self._of(Ref(index)).shape:  # in place
-                    self._overwrite(index, labels)
-                else:
-                    self.labels[index] = _compact(labels)
         for index in self.graph.outputs:
             labels = self._of(Ref(index))
             if outputs == "keep":
@@ -119,6 +114,14 @@ class _Propagation:
                 self.scales.outputs.append(max(PINNED, int(self._uniform(labels, range(labels.ndim)).item())))
         self._respect_other_uses()
         return self.scales
+
+    def _label(self, operation: Operation, found: list[Tensor]) -> None:
+        """Give the outputs of an operation their labels."""
+        for index, labels in zip(operation.outputs, found, strict=True):
+            if index in operation.inputs and labels.shape == self._of(Ref(index)).shape:  # in place
+                self._overwrite(index, labels)
+            else:
+                self.labels[index] = _compact(labels)
 
     def _apply(self, operation: Operation, name: str) -> list[Tensor]:
         """Labels of the outputs."""
@@ -175,7 +178,7 @@ class _Propagation:
         one, other = torch.broadcast_tensors(one, other)
         merged = torch.where(one == ZERO, other, one)
         for dimension in range(one.ndim):
-            if one.stride(dimension) == other.stride(dimension) == 0:
+            if one.stride(dimension) == other.stride(dimension) == 0 and one.shape[dimension]:
                 one, other = one.narrow(dimension, 0, 1), other.narrow(dimension, 0, 1)
         differ = (one != other) & (one != ZERO) & (other != ZERO)
         for a, b in torch.stack([one[differ], other[differ]]).unique(dim=1).T.int().tolist():

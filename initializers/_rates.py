@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from initializers._layers import NO_LAYER, PIECE, Call, Layer, Layers, forward
-from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped
+from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped, without_memory
 from initializers._plot import plot_rates
 
 RATE_DRAWS = 4  # top gradients for each image, where a step is exact and need not be repeated
@@ -141,18 +141,19 @@ def measure(
     for first in range(0, count, batch):
         part = slice(first, first + batch)
         images = len(inputs[0][part])
-        calls, top = _with_graph(layers, tuple(x[part] for x in inputs), before if first == 0 else None)
-        used |= {call.layer.name: call.layer for call, *_ in calls}
-        together = [[output] for output in top] if apart else [top]
-        together = [[output for output in group if output.requires_grad] for group in together]  # others: of no weights
-        for draw in range(draws):
-            for number, group in enumerate(together):
-                noise = [eta[part].to(top[0])] if eta is not None else [_like(output, generator) for output in group]
-                last = (draw, number) == (draws - 1, len(together) - 1)
-                for name, uses in _gradients(group, noise, calls, keep=not last).items():
-                    found = _column_squares(used[name], uses, images) / (count * draws)
-                    squares.setdefault(name, found.new_zeros(len(together), *found.shape))[number] += found
-        tops.append(_rows(top))
+        with without_memory(layers.model):
+            calls, top = _with_graph(layers, tuple(x[part] for x in inputs), before if first == 0 else None)
+            used |= {call.layer.name: call.layer for call, *_ in calls}
+            together = [[output] for output in top] if apart else [top]
+            together = [[output for output in group if output.requires_grad] for group in together]  # of weights
+            for draw in range(draws):
+                for number, group in enumerate(together):
+                    noise = [eta[part].to(top[0])] if eta is not None else [_like(each, generator) for each in group]
+                    last = (draw, number) == (draws - 1, len(together) - 1)
+                    for name, uses in _gradients(group, noise, calls, keep=not last).items():
+                        found = _column_squares(used[name], uses, images) / (count * draws)
+                        squares.setdefault(name, found.new_zeros(len(together), *found.shape))[number] += found
+            tops.append(_rows(top))
     weights = {name: _mean_squares(layer) for name, layer in used.items()}
     return Measurement(used, _of_stored(used, squares), weights, torch.cat(tops))
 
@@ -288,7 +289,8 @@ def _rows_are_images(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
 
     for count in (1, 2):
         rows.clear()
-        forward(layers, tuple(x[:count] for x in inputs), record)
+        with without_memory(layers.model):
+            forward(layers, tuple(x[:count] for x in inputs), record)
         if any(number != min(count, len(inputs[0])) for number in rows):
             return False
     return True

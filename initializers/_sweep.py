@@ -7,7 +7,7 @@ from torch import Tensor
 
 from initializers._graph import Batches, Graph, UngraphableError, Visit, record
 from initializers._layers import NO_LAYER, Call, Layer, Layers, forward
-from initializers._model import InitializationError, dropouts, other_dropout
+from initializers._model import InitializationError, dropouts, other_dropout, without_memory
 
 IMAGES_AT_A_TIME = 16  # from one affine layer to the next
 
@@ -51,10 +51,11 @@ def sweep(layers: Layers, inputs: tuple[Tensor, ...], graph: Graph | None, visit
         seen.add(call.layer)
         visit(call, entering, compute)
 
-    if graph is None:
-        forward(layers, inputs, first_use)
-    else:
-        graph.run(inputs, IMAGES_AT_A_TIME, note)
+    with without_memory(layers.model):
+        if graph is None:
+            forward(layers, inputs, first_use)
+        else:
+            graph.run(inputs, IMAGES_AT_A_TIME, note)
     if not seen:
         raise InitializationError(NO_LAYER)
 

@@ -356,3 +356,122 @@ def test_one_value_for_each_image(images, shape):
     assert initialize(Score(), images, nonhomogeneous="scale").spread_after < 1.05
     assert len(change_rate(model, images).mean) == 2
     lsuv(model, images)
+
+
+# Forward passes that change the model.
+
+
+class Memory(nn.Module):
+    """Changes itself in every way that a forward pass does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("queue", torch.zeros(4, 5))
+        self.register_buffer("seen", torch.zeros(0))
+        self.calls, self.history, self.cache, self.last = 0, [], {}, None
+        self.scale = torch.ones(1)  # a tensor that is no buffer
+
+    def forward(self, x):
+        self.calls += 1
+        self.count += len(x)
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(0.1 * x.mean((0, 2, 3), keepdim=True)[0])
+            self.seen.resize_(len(x)).copy_(x.mean((1, 2, 3)))
+            self.scale.mul_(1.5)
+        if "grid" not in self.cache:
+            self.cache["grid"] = torch.linspace(-1, 1, 16).square().mul(0.1)
+        self.last = self.conv(x - self.mean + self.cache["grid"])
+        self.history.append(self.last.mean())
+        y = self.head(self.last.relu().mean((2, 3)))
+        self.queue = torch.cat([y.detach()[:4], self.queue])[:4]
+        self.register_buffer("fresh", y.detach())
+        return y
+
+
+def everything(model):
+    """All that a model holds, to compare."""
+    plain = {key: copy.deepcopy(value) for key, value in vars(model).items() if not key.startswith("_")}
+    return plain, {name: (id(tensor), tensor.clone()) for name, tensor in model.named_buffers()}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        initialize,
+        rescale,
+        lsuv,
+        change_rate,
+        lambda model, images: initialize(model, images, nonhomogeneous="scale"),
+        lambda model, images: rescale(model, images[:, :2]),
+        lambda model, images: initialize(model, images[:1]),
+    ],
+)
+def test_what_a_forward_pass_changes_is_as_it_was(images, call):
+    torch.manual_seed(0)
+    model = Memory()
+    plain, buffers = everything(model)
+    try:
+        call(model, images)
+    except InitializationError:
+        assert images is not None
+    plain_after, after = everything(model)
+    assert plain_after == plain
+    assert {name for name in after if "parametrizations" not in name} == buffers.keys()
+    for name, (identity, tensor) in buffers.items():
+        assert after[name][0] == identity
+        assert torch.equal(after[name][1], tensor)
+    assert torch.equal(model.scale, torch.ones(1))
+    copy.deepcopy(model)
+
+
+def test_a_running_mean_in_the_gradient(images):
+    class Tracked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+            self.register_buffer("size", torch.ones(8))
+
+        def forward(self, x):
+            x = self.conv(x).relu().mean((2, 3))
+            self.size.mul_(0.9).add_(0.1 * x.square().mean(0))  # with its gradient, as observers do by mistake
+            return self.head(x / self.size.detach().sqrt())
+
+    torch.manual_seed(0)
+    model = Tracked()
+    initialize(model, images, nonhomogeneous="scale")
+    assert torch.equal(model.size, torch.ones(8))
+    assert model.size.is_leaf
+
+
+def test_biases_that_are_cached_by_shape(images):
+    class Cached(nn.Module):
+        """As LeViT: in evaluation mode a table of biases is looked up once for each device."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.qkv, self.head = nn.Conv2d(3, 16, 4, stride=4), nn.Linear(16, 48), nn.Linear(16, 5)
+            self.biases = nn.Parameter(torch.randn(16))
+            self.register_buffer("index", (torch.arange(16)[:, None] - torch.arange(16)).abs(), persistent=False)
+            self.cache = {}
+
+        def forward(self, x):
+            q, k, v = self.qkv(self.embed(x).flatten(2).transpose(1, 2)).chunk(3, -1)
+            if str(x.device) not in self.cache:
+                self.cache[str(x.device)] = self.biases[self.index]
+            attention = (q @ k.transpose(1, 2) / 4 + self.cache[str(x.device)]).softmax(-1)
+            return self.head((attention @ v).mean(1))
+
+    torch.manual_seed(0)
+    model = Cached()
+    assert initialize(model, images).output_change < 1e-5
+    assert model.cache == {}
+    copy.deepcopy(model)
+    assert_normalised(initialized(Cached(), images), images, ["embed", "qkv", "head"])
+
+
+def initialized(model, images, **options):
+    initialize(model, images, between=False, **options)
+    return model
