@@ -127,7 +127,7 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
     with unchanged_on_error(model, seed):
         inputs, layers = as_inputs(model, images), Layers(model, trainable=True)
         generator = torch.Generator(inputs[0].device).manual_seed(seed)
-        graph, _ = recorded(layers, inputs)
+        known = recorded(layers, inputs)
         report = Report([], images=len(inputs[0]))
 
         def visit(call: Call, entering: Batches, compute: Batches) -> None:
@@ -154,8 +154,8 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
             row.mean_after, row.std_after = mean, math.sqrt(variance)
             row.seconds = time.perf_counter() - started
 
-        sweep(layers, inputs, graph, visit)
-        report.inactive_dropout = inactive_dropout(layers, graph)
+        sweep(layers, inputs, known, visit)
+        report.inactive_dropout = inactive_dropout(layers, known.scales)
     report.seconds = time.perf_counter() - start
     return report
 

@@ -5,7 +5,8 @@ runs twice, on two images and on three, so that whatever number grows with the b
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from initializers._layers import AffineMode, Call, Layer, Layers, dropout_of, input_of, memory
-from initializers._model import InitializationError, dropouts, outputs_of, tensors_of, without_memory
+from initializers._model import InitializationError, dropouts, outputs_of, tensors_of, without_dropout, without_memory
 
 SIZES = (2, 3)  # of the recorded batches
 SAMPLES = 1280  # images times masks times positions behind dropout, at least: they give a variance to 4 %
@@ -33,6 +34,8 @@ Batches = Callable[[], list[Tensor]]
 # `compute()` its outputs, a tensor for each batch. Inputs are not held while it computes.
 Visit = Callable[[Call, Batches, Batches], None]
 
+INTERACTION = 1e-3  # a relative change that is more than rounding
+IMAGES_AT_A_TIME = 16  # from one affine layer to the next
 _DIFFERENT = "what it does depends on the number of images, or a part of it cannot be seen"
 
 
@@ -97,6 +100,7 @@ class Graph:
         varying: values that depend on the images.
         inputs, outputs: values of the model's inputs and of the tensors it returns.
         dropouts: modules that ran.
+        interact: whether what comes of an image depends on the others of its batch.
     """
 
     layers: Layers
@@ -109,6 +113,7 @@ class Graph:
     inputs: list[int]
     outputs: list[int]
     dropouts: set[nn.Module] = field(default_factory=set)
+    interact: bool = False
 
     def aliases(self, value: int) -> list[int]:
         """Values that change where this one is changed in place, itself among them."""
@@ -201,21 +206,66 @@ def _compute(position: int, batches: list[_Batch]) -> list[Tensor]:
 
 
 def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
-    """Record the graph of a model.
+    """Record the graph of a model, which runs on any number of images.
+
+    It is compared with what the model does for the numbers of images of which it will run.
 
     Raises:
         UngraphableError: what the model does depends on the values of its activations or, other than in sizes, on
             the number of images.
     """
-    first, second = (_record(layers, inputs, size) for size in SIZES)
-    plans = [[(step.name, step.outputs) for step in graph.operations] for graph in (first, second)]
-    same = plans[0] == plans[1] and first.outputs == second.outputs
-    if not (same and all(_equal(tensor, second.constants.get(index)) for index, tensor in first.constants.items())):
-        raise UngraphableError(_DIFFERENT)
-    layers.per_image = all(set(_rows(graph)) == {size} for graph, size in zip((first, second), SIZES, strict=True))
+    (first, results), (second, others) = (_record(layers, inputs, size) for size in SIZES)
+    _check_alike(first, second)
+    per_image = all(set(_rows(graph)) == {size} for graph, size in zip((first, second), SIZES, strict=True))
     for one, other in zip(first.operations, second.operations, strict=True):
         one.args, one.kwargs = _generalise((one.args, one.kwargs), (other.args, other.kwargs))
+    with _forked(inputs[0].device):
+        first.interact = _interact(results, others) and _interact_in_full(layers, inputs)
+        count = len(inputs[0])
+        for size in {min(IMAGES_AT_A_TIME, count), count % IMAGES_AT_A_TIME} - {0, *SIZES}:
+            graph, _ = _record(layers, inputs, size)
+            _check_alike(first, graph)
+            for one, other in zip(first.operations, graph.operations, strict=True):
+                expected = map_tree((one.args, one.kwargs), lambda leaf, size=size: _at(leaf, size))
+                _generalise(expected, (other.args, other.kwargs), sizes=False)
+    layers.per_image = per_image
     return first
+
+
+@contextmanager
+def _forked(device: torch.device) -> Iterator[None]:
+    """Random numbers drawn inside leave those that follow as they would have been."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _interact_in_full(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
+    """As `_interact`, without dropout and with the same random numbers each time."""
+    results = []
+    with without_dropout(layers.model):
+        for size in SIZES:
+            torch.manual_seed(0)
+            results.append(_record(Layers(layers.model), inputs, size)[1])
+    return _interact(*results)
+
+
+def _interact(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether what comes of the first images changes with one image more, as where a batch is normalised by itself."""
+    pairs = [(a, b[: len(a)]) for a, b in zip(one, other, strict=True) if (len(a), len(b)) == SIZES]
+    return any((a - b).norm() > INTERACTION * a.norm() for a, b in pairs)
+
+
+def _at(leaf, size: int):
+    """A number for so many images."""
+    return leaf.base + size * leaf.step if isinstance(leaf, Size) else leaf
+
+
+def _check_alike(one: Graph, other: Graph) -> None:
+    """Raises UngraphableError: two recordings are not of the same operations on the same constants."""
+    plans = [[(step.name, step.outputs) for step in graph.operations] for graph in (one, other)]
+    same = plans[0] == plans[1] and one.outputs == other.outputs
+    if not (same and all(_equal(tensor, other.constants.get(index)) for index, tensor in one.constants.items())):
+        raise UngraphableError(_DIFFERENT)
 
 
 def _rows(graph: Graph) -> list[int]:
@@ -224,7 +274,23 @@ def _rows(graph: Graph) -> list[int]:
     return [graph.shapes[input_of(call.args, call.kwargs).index][0] for call in calls]
 
 
-def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
+def record_once(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
+    """The graph of a model for so many images, which tells how scales travel.
+
+    It is compared with that of other images, as a part of the model that cannot be seen gives other constants there.
+
+    Raises:
+        UngraphableError: what the model does depends on the values of its activations.
+    """
+    others = tuple(x.roll(1 + len(x) // 2, 0) for x in inputs)
+    with _forked(inputs[0].device):
+        (graph, _), (other, _) = _record(layers, inputs, size), _record(layers, others, size)
+    _check_alike(graph, other)
+    return graph
+
+
+def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Graph, list[Tensor]]:
+    """The graph, and the outputs of affine layers and of the model."""
     inputs = tuple(torch.cat([x[:size]] * size)[:size] for x in inputs)
     recorder = _Recorder(layers)
     recorder.graph.inputs = [recorder.new(x, varying=True) for x in inputs]
@@ -239,8 +305,10 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
         for hook in hooks:
             hook.remove()
     recorder.graph.fixed = {i: tensor for i, tensor in enumerate(recorder.kept) if i not in recorder.graph.varying}
-    recorder.graph.outputs = [recorder.value(output) for output in outputs]
-    return recorder.graph
+    graph = recorder.graph
+    graph.outputs = [recorder.value(output) for output in outputs]
+    results = [recorder.kept[step.outputs[0]] for step in graph.operations if step.call is not None]
+    return graph, [*results, *outputs]
 
 
 class _Recorder(AffineMode):
@@ -332,24 +400,27 @@ def map_tree(tree, function):
 def resolve(leaf, environment: dict[int, Tensor], size: int):
     if isinstance(leaf, Ref):
         return environment[leaf.index]
-    return leaf.base + size * leaf.step if isinstance(leaf, Size) else leaf
+    return _at(leaf, size)
 
 
-def _generalise(one, other):
+def _generalise(one, other, sizes: bool = True):
     """What both recordings have in common, with a `Size` for a number that differs.
+
+    Args:
+        sizes: whether numbers may differ.
 
     Raises:
         UngraphableError: they differ in more than that.
     """
     if isinstance(one, slice) and isinstance(other, slice):
-        parts = zip((one.start, one.stop, one.step), (other.start, other.stop, other.step), strict=True)
-        return slice(*(_generalise(a, b) for a, b in parts))
+        ends = zip((one.start, one.stop, one.step), (other.start, other.stop, other.step), strict=True)
+        return slice(*(_generalise(a, b, sizes) for a, b in ends))
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return {key: _generalise(value, other[key]) for key, value in one.items()}
+        return {key: _generalise(value, other[key], sizes) for key, value in one.items()}
     if isinstance(one, tuple | list) and isinstance(other, tuple | list) and len(one) == len(other):
-        parts = [_generalise(a, b) for a, b in zip(one, other, strict=True)]
+        parts = [_generalise(a, b, sizes) for a, b in zip(one, other, strict=True)]
         return parts if isinstance(one, list) else tuple(parts)
-    if type(one) is int and type(other) is int and one != other:
+    if sizes and type(one) is int and type(other) is int and one != other:
         step, rest = divmod(other - one, SIZES[1] - SIZES[0])
         if rest == 0:
             return Size(one - step * SIZES[0], step)

@@ -104,24 +104,24 @@ def initialize(
     with unchanged_on_error(model, seed):
         inputs = as_inputs(model, images)
         layers = Layers(model, trainable=True)
-        graph, problem = recorded(layers, inputs)
+        known = recorded(layers, inputs)
         before = constants(model)
         report = Report([], images=len(inputs[0]))
-        if between and nonhomogeneous == "pin" and graph is None:
+        if between and nonhomogeneous == "pin" and known.scales is None:
             raise InitializationError(
-                f"the between-layer step cannot follow {type(model).__name__}: {problem}; pass between=False to set "
-                'the filters and normalise each layer only, or nonhomogeneous="scale"'
-            ) from problem
+                f"the between-layer step cannot follow {type(model).__name__}: {known.problem}; pass between=False to "
+                'set the filters and normalise each layer only, or nonhomogeneous="scale"'
+            ) from known.problem
         if filters is not None or within:
             rule = Within(filters, within, bias, factors or {}, seed)
-            initialize_within(layers, inputs, graph, rule, report)
+            initialize_within(layers, inputs, known, rule, report)
         if between and nonhomogeneous == "scale":
             layers = insert_auxiliary(layers, inputs, rate_images, seed, report)
-        elif between and graph is not None:
-            scales = propagate(graph, lrn, outputs)
+        elif between and known.scales is not None:
+            scales = propagate(known.scales, lrn, outputs)
             damping = None if method == "balance" else alpha
             equalise_between(layers, inputs, scales, report, damping=damping, rate_images=rate_images, seed=seed)
-        _describe(layers, graph, report)
+        _describe(layers, known.scales, report)
         report.unsaved = [name for name, value in constants(model).items() if value != before[name]]
     report.seconds = time.perf_counter() - start
     return report

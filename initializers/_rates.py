@@ -279,7 +279,7 @@ def _mean_squares(layer: Layer) -> Tensor:
 def _rows_are_images(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
     """Whether the inputs of all layers have a row per image; rows may be windows or tokens, or be of no image.
 
-    Seen on one image and on two: a number of rows that is of something else is not both.
+    Seen on one image, on two and on a batch: a number of rows that is of something else is not all of them.
     """
     rows: list[int] = []
 
@@ -287,7 +287,7 @@ def _rows_are_images(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
         rows.append(len(x))
         return compute()
 
-    for count in (1, 2):
+    for count in (1, 2, IMAGES_AT_A_TIME):
         rows.clear()
         with without_memory(layers.model):
             forward(layers, tuple(x[:count] for x in inputs), record)

@@ -1,33 +1,54 @@
 """One pass of all images through a network, layer by layer: what the method and the baselines stand on."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from initializers._graph import Batches, Graph, UngraphableError, Visit, record
+from initializers._graph import IMAGES_AT_A_TIME, Batches, Graph, UngraphableError, Visit, record, record_once
 from initializers._layers import NO_LAYER, Call, Layer, Layers, forward
 from initializers._model import InitializationError, dropouts, other_dropout, without_memory
 
-IMAGES_AT_A_TIME = 16  # from one affine layer to the next
+
+@dataclass
+class Recorded:
+    """What is known of a model's graph.
+
+    Attributes:
+        graph: None where what the model does depends on the number of images, or on values.
+        scales: the graph, or that of one batch where what the model does depends on the number of images; None where it
+            depends on values.
+        problem: why `scales` is None.
+    """
+
+    graph: Graph | None
+    scales: Graph | None
+    problem: InitializationError | None
 
 
-def recorded(layers: Layers, inputs: tuple[Tensor, ...]) -> tuple[Graph | None, InitializationError | None]:
-    """The graph of the model, or why it has none."""
+def recorded(layers: Layers, inputs: tuple[Tensor, ...]) -> Recorded:
+    """Record the graph of the model."""
+    graph = scales = reason = None
     try:
-        graph = record(layers, inputs)
-    except UngraphableError as problem:
-        return None, problem
-    return graph, None
+        graph = scales = record(layers, inputs)
+    except UngraphableError:
+        try:
+            scales = record_once(layers, inputs, min(IMAGES_AT_A_TIME, len(inputs[0])))
+        except UngraphableError as problem:
+            reason = problem
+    return Recorded(graph, scales, reason)
 
 
 @torch.no_grad()
-def sweep(layers: Layers, inputs: tuple[Tensor, ...], graph: Graph | None, visit: Visit) -> None:
+def sweep(layers: Layers, inputs: tuple[Tensor, ...], known: Recorded, visit: Visit) -> None:
     """All images through the network, stopping at the first use of each affine layer.
 
     `visit(call, entering, compute)` is called there. `entering()` gives the layer's inputs and `compute()` its outputs,
     a tensor for each batch. Before it computes, the visitor may change the layer; afterwards it may change the outputs
-    in place, with which the pass goes on. Without a graph all images are one batch.
+    in place, with which the pass goes on. Without a graph, and where images interact, all images are one batch. A layer
+    that sees only some of the images at a time, without a graph, is visited with all of its uses, by passes of its own.
 
     Raises:
         InitializationError: there is no affine layer.
@@ -52,12 +73,45 @@ def sweep(layers: Layers, inputs: tuple[Tensor, ...], graph: Graph | None, visit
         visit(call, entering, compute)
 
     with without_memory(layers.model):
-        if graph is None:
-            forward(layers, inputs, first_use)
+        if known.graph is not None:
+            known.graph.run(inputs, len(inputs[0]) if known.graph.interact else IMAGES_AT_A_TIME, note)
+        elif in_parts := _in_parts(layers, inputs):
+            for call in in_parts:
+                note(call, partial(_uses, layers, inputs, call.layer, 0), partial(_uses, layers, inputs, call.layer, 1))
         else:
-            graph.run(inputs, IMAGES_AT_A_TIME, note)
+            forward(layers, inputs, first_use)
     if not seen:
         raise InitializationError(NO_LAYER)
+
+
+def _in_parts(layers: Layers, inputs: tuple[Tensor, ...]) -> list[Call]:
+    """A use of each layer, in order, where one sees only some of the images at a time; else none."""
+    rows: dict[Layer, list[int]] = {}
+    calls: dict[Layer, Call] = {}
+
+    def count(call: Call, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        rows.setdefault(call.layer, []).append(len(x))
+        calls.setdefault(call.layer, call)
+        return compute()
+
+    with without_memory(layers.model):
+        forward(layers, inputs, count)
+    return [*calls.values()] if any(len(n) > 1 and n[0] < len(inputs[0]) for n in rows.values()) else []
+
+
+def _uses(layers: Layers, inputs: tuple[Tensor, ...], layer: Layer, which: int) -> list[Tensor]:
+    """Inputs (0) or outputs (1) of a layer: of all of its uses where one sees some of the images, else of its first."""
+    found: list[Tensor] = []
+
+    def keep(call: Call, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        output = compute()
+        if call.layer is layer and (not found or len(found[0]) < len(inputs[0])):
+            found.append((x, output)[which].clone())
+        return output
+
+    with without_memory(layers.model):
+        forward(layers, inputs, keep)
+    return found
 
 
 def inactive_dropout(layers: Layers, graph: Graph | None) -> list[str]:

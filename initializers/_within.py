@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from initializers._filters import DATA_DRIVEN, draw_filters
-from initializers._graph import Batches, Graph
+from initializers._graph import Batches
 from initializers._layers import Call, Layer, Layers, channel_statistics
 from initializers._model import InitializationError
 from initializers._report import LayerReport, Report
-from initializers._sweep import sweep
+from initializers._sweep import Recorded, sweep
 
 FLAT = 1e-5  # of the mean of a channel: a standard deviation below is rounding
 
@@ -38,7 +38,7 @@ class Within:
 
 
 def initialize_within(
-    layers: Layers, inputs: tuple[Tensor, ...], graph: Graph | None, rule: Within, report: Report
+    layers: Layers, inputs: tuple[Tensor, ...], known: Recorded, rule: Within, report: Report
 ) -> None:
     """Filters and Algorithm 1 in one pass over all images; `report` gets a row for each layer."""
     generator = torch.Generator(inputs[0].device).manual_seed(rule.seed)
@@ -68,7 +68,7 @@ def initialize_within(
             row.mean_after, row.std_after = mu.mean().item(), sigma.mean().item()
         row.seconds = time.perf_counter() - start
 
-    sweep(layers, inputs, graph, visit)
+    sweep(layers, inputs, known, visit)
 
 
 def _set_filters(

@@ -475,3 +475,114 @@ def test_biases_that_are_cached_by_shape(images):
 def initialized(model, images, **options):
     initialize(model, images, between=False, **options)
     return model
+
+
+# The number of images, and images that interact.
+
+
+class Parts(nn.Module):
+    """A network through which the images go in parts."""
+
+    def __init__(self, split):
+        super().__init__()
+        self.split = split
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)
+        self.hidden, self.head = nn.Linear(392, 16), nn.Linear(16, 5)
+
+    def part(self, x):
+        return self.head(self.hidden(self.norm(self.conv(x)).relu().flatten(1)).relu())
+
+    def forward(self, x):
+        return torch.cat([self.part(part) for part in self.split(x)])
+
+
+PARTS = {
+    "slices": lambda x: [x[i : i + 8] for i in range(0, len(x), 8)],
+    "single images": lambda x: [x[i : i + 1] for i in range(len(x))],
+    "split": lambda x: x.split(8),
+    "uneven": lambda x: x.split(5),
+    "chunks": lambda x: x.chunk(3),
+    "iteration": lambda x: [image[None] for image in x],
+}
+
+
+@pytest.mark.parametrize("split", PARTS)
+@pytest.mark.parametrize("filters", ["kmeans", "gaussian"])
+def test_images_that_go_through_in_parts(images, split, filters):
+    torch.manual_seed(0)
+    model = Parts(PARTS[split])
+    whole = copy.deepcopy(model)
+    whole.split = lambda x: [x]
+    initialize(model, images, filters, between=False)
+    whole.load_state_dict(model.state_dict())
+    assert_normalised(whole, images, ["conv", "hidden", "head"])
+    again = Parts(PARTS[split])
+    report = initialize(again, images, filters)
+    assert report.output_change < 1e-5
+    assert report.spread_after < 1.05
+    lsuv(again, images)
+    whole.load_state_dict(again.state_dict())
+    assert abs(whole.hidden(whole.norm(whole.conv(images)).relu().flatten(1)).std().item() - 1) < 0.03
+
+
+@pytest.mark.parametrize("sizes", [lambda n: n > 4, lambda n: n % 16 == 0, lambda n: n % 5 == 0])
+def test_another_way_for_many_images(images, sizes):
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.few, self.many = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), nn.Linear(8, 5)
+
+        def forward(self, x):
+            layer = self.many if sizes(len(x)) else self.few
+            return layer(self.conv(x).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Either()
+    initialize(model, images, between=False)
+    assert_normalised(model, images, ["conv"])
+    model.many = model.few = model.many if sizes(16) else model.few
+    assert_normalised(model, images, ["few"])
+
+
+@pytest.mark.parametrize(
+    "interact",
+    [
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.Sequential(nn.BatchNorm2d(8, track_running_stats=False), nn.Conv2d(8, 8, 1)),
+        lambda x: x / x.abs().amax(),
+        lambda x: x - x.mean(0),
+        lambda x: x + x.flatten(1).softmax(0).view(x.shape).cumsum(0).flip(0),
+    ],
+)
+def test_images_that_interact_are_one_batch(images, interact):
+    class Interacting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.between = nn.Conv2d(3, 8, 3), interact
+            self.next, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.next(self.between(self.conv(x)).relu()).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Interacting()
+    initialize(model, images, between=False)
+    assert_normalised(model, images, ["conv", "next", "head"])
+
+
+def test_attention_over_what_others_take_for_positions(images):
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(48, 16)
+            layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=False)
+            self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x):
+            return self.head(self.encoder(self.embed(x.reshape(len(x), 16, 48)))).mean(1)
+
+    torch.manual_seed(0)
+    model = Sequence()
+    initialize(model, images, between=False)
+    assert_normalised(model, images, ["embed", "encoder.layers.0.linear1", "encoder.layers.0.linear2", "head"])

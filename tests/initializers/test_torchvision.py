@@ -156,7 +156,7 @@ def check_within(report, found):
         alive = (std > 0.5) | ("do not vary" not in row.note)
         assert alive.any()
         assert (std[alive] - 1).abs().max() < 1e-3, row.name
-        if layer.computed_bias:
+        if layer.fixed_bias is not None:
             assert "bias is computed" in row.note
         elif "keep their mean" in row.note:
             assert layer.bias is None
