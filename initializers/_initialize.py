@@ -52,8 +52,9 @@ def initialize(
             their weights are parameters. Frozen parameters (`requires_grad=False`) stay as they are. A layer used
             several times is normalised where it is used first.
         images: a float tensor (N, C, H, W), preprocessed as for training, or any iterable of batches (a tensor, or a
-            tuple or dict whose first tensor is the input), or a tuple of tensors for a model of several inputs. The
-            paper uses 160 images of the training set.
+            tuple or dict whose first tensor is the input), or a tuple of tensors for a model of several inputs. One
+            batch of images and labels, a `Dataset` and a list of images (C, H, W) will do, too. The paper uses 160
+            images of the training set.
         filters: "gaussian", "pca", "zca", "kmeans", "patches", "orthonormal" or None, which keeps the weights that
             are there (section 3.3). Linear layers after a convolution become Gaussian where the kind is data-driven,
             since a few hundred images are too few for them.

@@ -37,7 +37,8 @@ def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
 
     Args:
         images: a float tensor (N, ...), an iterable of batches (tensors, or tuples, lists or dicts whose first
-            tensor is the input), or a tuple of tensors for a model of several inputs.
+            tensor is the input), a tuple of tensors for a model of several inputs, one batch of images and labels, a
+            `Dataset`, or a list of images (C, H, W).
 
     Raises:
         InitializationError: no images, integer images, images without any variance, NaN or Inf in images or weights.
@@ -63,27 +64,80 @@ def _tensors(images) -> tuple[Tensor, ...]:
     if isinstance(images, Tensor):
         return (images,)
     if isinstance(images, tuple) and images and all(isinstance(image, Tensor) for image in images):
-        return images
-    if not isinstance(images, Iterable):
+        return _inputs_of(images)
+    if isinstance(images, dict) or (isinstance(images, list) and _is_batch(images)):
+        return (_input_of(images),)
+    one_by_one = isinstance(images, torch.utils.data.Dataset) and hasattr(images, "__len__")
+    if not isinstance(images, Iterable) and not one_by_one:
         raise InitializationError(f"images is a {type(images).__name__}: pass a float tensor or an iterable of batches")
     with torch.random.fork_rng(devices=[]):  # which a loader draws from
-        batches = [_first_tensor(batch) for batch in images]
-    if not batches:
+        given = [images[number] for number in range(len(images))] if one_by_one else [*images]
+    if not given:
         raise InitializationError("images is empty: pass at least a few dozen real images")
-    if len({batch.shape[1:] for batch in batches}) > 1:
-        shapes = sorted({tuple(batch.shape[1:]) for batch in batches})
+    parts = [_input_of(part) for part in given]
+    if one_by_one or (isinstance(images, list) and all(map(_is_image, parts))):
+        parts = [part.unsqueeze(0) for part in parts]
+    if len({part.shape[1:] for part in parts}) > 1:
+        shapes = sorted({tuple(part.shape[1:]) for part in parts})
         raise InitializationError(f"the batches hold images of different shapes {shapes}: resize them to one")
-    return (torch.cat(batches),)
+    return (torch.cat(parts),)
 
 
-def _first_tensor(batch) -> Tensor:
+def _is_batch(given: list) -> bool:
+    """Whether a list is one batch of a loader, of images and of labels (of integers, or of less dimensions).
+
+    Raises:
+        InitializationError: it may be that, or two batches.
+    """
+    if len(given) < 2 or not all(isinstance(part, Tensor) and part.ndim for part in given):
+        return False
+    if len(given) == 2 and given[0].shape == given[1].shape and given[0].ndim > 3:
+        raise InitializationError(
+            "images is a list of two tensors of the same shape, which may be inputs and targets or two batches: pass the "
+            "inputs alone, or torch.cat of the batches"
+        )
+    return len({(part.is_floating_point(), part.ndim) for part in given}) > 1 and len(set(map(len, given))) == 1
+
+
+def _is_image(part: Tensor) -> bool:
+    """Whether this is an image, (C, H, W), and no batch: of as many channels as images have, and a square."""
+    return part.ndim == 3 and len(part) in (1, 3) and part.shape[1] == part.shape[2]
+
+
+def _inputs_of(images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs of a model of several; of a batch, with labels of integers, the first.
+
+    Raises:
+        InitializationError: integers come first.
+    """
+    if not images[0].is_floating_point() and any(image.is_floating_point() for image in images):
+        raise InitializationError(f"images is a tuple whose first tensor is {images[0].dtype}: pass the images alone")
+    labels = len(images) == 2 and not images[1].is_floating_point() and images[1].ndim == 1
+    return images[:1] if labels else images
+
+
+def _input_of(batch) -> Tensor:
+    """The images of a batch: its first tensor, or where labels of integers come first, its one tensor of floats.
+
+    Raises:
+        InitializationError: there is no tensor, or several of floats behind one of integers.
+    """
     if isinstance(batch, Tensor):
         return batch
     values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise InitializationError(f"a batch of type {type(batch).__name__} holds no tensor: yield tensors or (input, ...)")
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        message = f"a batch of type {type(batch).__name__} holds no tensor: yield tensors or (input, ...)"
+        raise InitializationError(message)
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if tensors[0].is_floating_point() or not floats:
+        return tensors[0]
+    if len(floats) > 1:
+        message = (
+            f"a batch begins with a tensor of {tensors[0].dtype} and holds several of floats: yield the images first"
+        )
+        raise InitializationError(message)
+    return floats[0]
 
 
 def _check(image: Tensor) -> None:

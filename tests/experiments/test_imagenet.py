@@ -314,7 +314,7 @@ def rows(folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(command, execute, tmp_path, processes):
     # An epoch has 25 steps; dropout draws from a generator of each process.
     long = ("train.iterations=330", "train.checkpoint_seconds=0", "model.dropout=0.5", "train.validate_every=30")

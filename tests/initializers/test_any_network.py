@@ -586,3 +586,69 @@ def test_attention_over_what_others_take_for_positions(images):
     model = Sequence()
     initialize(model, images, between=False)
     assert_normalised(model, images, ["embed", "encoder.layers.0.linear1", "encoder.layers.0.linear2", "head"])
+
+
+# What people pass as images.
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, number):
+        return self.images[number], number
+
+
+LABELS = torch.arange(48)
+GIVEN = {
+    "batch of a loader": lambda x: next(iter(torch.utils.data.DataLoader(Images(x), batch_size=48))),
+    "images and labels": lambda x: (x, LABELS),
+    "images and vectors of labels": lambda x: [x, torch.ones(48, 5)],
+    "labels first": lambda x: [LABELS, x],
+    "batches with labels first": lambda x: [(LABELS[:20], x[:20]), (LABELS[20:], x[20:])],
+    "one dictionary": lambda x: {"label": LABELS, "image": x},
+    "dictionaries": lambda x: [{"image": x[:20], "label": LABELS[:20]}, {"image": x[20:], "label": LABELS[20:]}],
+    "list of images": list,
+    "data set": Images,
+    "part of a data set": lambda x: torch.utils.data.Subset(Images(x), range(48)),
+    "loader": lambda x: torch.utils.data.DataLoader(Images(x), batch_size=9),
+    "batches": lambda x: [x[:16], x[16:32], x[32:]],
+    "generator": lambda x: (part for part in x.split(24)),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_images_as_they_come(images, given):
+    def make():
+        torch.manual_seed(0)
+        return backbone_and_head().requires_grad_(True)
+
+    model, expected = make(), make()
+    initialize(expected, images)
+    assert initialize(model, GIVEN[given](images)).images == 48
+    assert_same(model, state(expected))
+
+
+AMBIGUOUS = {
+    "inputs and targets": (lambda x: [x, x + 1], r"list of two tensors of the same shape.*: pass the inputs alone"),
+    "two batches": (lambda x: [x[:24], x[24:]], r"two batches: pass .*torch\.cat"),
+    "integers, then floats": (lambda x: (LABELS, x), r"first tensor is torch\.int64: pass the images alone"),
+    "several of floats": (lambda x: [(LABELS, x, x)], r"begins with .* several of floats: yield the images first"),
+    "images of two sizes": (
+        lambda x: [x[0], x[1, :, :8, :8]],
+        r"images of different shapes \[.*\]: resize them to one",
+    ),
+}
+
+
+@pytest.mark.parametrize("given", AMBIGUOUS)
+def test_images_that_may_be_meant_otherwise(images, given):
+    make, message = AMBIGUOUS[given]
+    model = backbone_and_head()
+    before = state(model)
+    with pytest.raises(InitializationError, match=message):
+        initialize(model, make(images))
+    assert_same(model, before)

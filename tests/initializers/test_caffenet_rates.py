@@ -94,7 +94,7 @@ def test_every_layer_is_normalised_and_learns_at_one_rate(filters, voc):
 
     theirs = REFERENCE.get({"gaussian": "elwise"}.get(filters, filters) + "_both")
     state, spreads = copy.deepcopy(model.state_dict()), []
-    for seed in range(3):  # of the top gradients, which move the spread by some 3 %; theirs is of one draw
+    for seed in range(2):  # of the top gradients, which move the spread by some 3 %; theirs is of one draw
         model.load_state_dict(state)
         report = rescale(model, images, seed=seed)
         assert (report.lrn, report.output_change < 1e-4) == ("exact", True)
@@ -111,9 +111,10 @@ def test_every_layer_is_normalised_and_learns_at_one_rate(filters, voc):
     if theirs is not None:
         limit = max(theirs["mean"]) / min(theirs["mean"])
         assert min(spreads) <= limit
-        assert sum(spreads) / 3 <= 1.02 * limit
+        assert sum(spreads) / 2 <= 1.02 * limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filters", FILTERS)
 def test_without_lrn_balancing_keeps_the_function(filters, voc):
     images, others = voc

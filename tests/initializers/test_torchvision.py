@@ -165,8 +165,15 @@ def check_within(report, found):
             assert (mean[alive] - target).abs().max() < 1e-3, row.name
 
 
-@pytest.mark.parametrize("filters", FILTERS)
-@pytest.mark.parametrize("name", NETWORKS)
+LARGE = ("efficientnet_b0", "googlenet", "inception_v3", "regnet_y_400mf", "swin_v2_t", "vit_b_32")
+CASES = [
+    pytest.param(name, filters, marks=pytest.mark.slow if filters == "kmeans" and name in LARGE else ())
+    for name in NETWORKS
+    for filters in FILTERS
+]
+
+
+@pytest.mark.parametrize(("name", "filters"), CASES)
 def test_networks_of_all_kinds(name, filters):
     torch.manual_seed(0)
     x = (
