@@ -91,10 +91,10 @@ def _is_batch(given: list) -> bool:
     """
     if len(given) < 2 or not all(isinstance(part, Tensor) and part.ndim for part in given):
         return False
-    if len(given) == 2 and given[0].shape == given[1].shape and given[0].ndim > 3:
+    if len(given) == 2 and given[0].shape == given[1].shape and given[0].ndim > 1 and not _is_image(given[0]):
         raise InitializationError(
-            "images is a list of two tensors of the same shape, which may be inputs and targets or two batches: pass the "
-            "inputs alone, or torch.cat of the batches"
+            "images is a list of two tensors of the same shape, which may be inputs and targets or two batches: pass "
+            "the inputs alone, or torch.cat of the batches"
         )
     return len({(part.is_floating_point(), part.ndim) for part in given}) > 1 and len(set(map(len, given))) == 1
 
@@ -133,9 +133,7 @@ def _input_of(batch) -> Tensor:
     if tensors[0].is_floating_point() or not floats:
         return tensors[0]
     if len(floats) > 1:
-        message = (
-            f"a batch begins with a tensor of {tensors[0].dtype} and holds several of floats: yield the images first"
-        )
+        message = f"a batch begins with {tensors[0].dtype} and holds several tensors of floats: yield the images first"
         raise InitializationError(message)
     return floats[0]
 

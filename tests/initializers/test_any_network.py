@@ -634,9 +634,13 @@ def test_images_as_they_come(images, given):
 
 AMBIGUOUS = {
     "inputs and targets": (lambda x: [x, x + 1], r"list of two tensors of the same shape.*: pass the inputs alone"),
+    "vectors and targets": (lambda x: [x.flatten(1), x.flatten(1)], "two tensors of the same shape"),
     "two batches": (lambda x: [x[:24], x[24:]], r"two batches: pass .*torch\.cat"),
     "integers, then floats": (lambda x: (LABELS, x), r"first tensor is torch\.int64: pass the images alone"),
-    "several of floats": (lambda x: [(LABELS, x, x)], r"begins with .* several of floats: yield the images first"),
+    "several of floats": (
+        lambda x: [(LABELS, x, x)],
+        r"begins with .* several tensors of floats: yield the images first",
+    ),
     "images of two sizes": (
         lambda x: [x[0], x[1, :, :8, :8]],
         r"images of different shapes \[.*\]: resize them to one",
