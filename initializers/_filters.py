@@ -170,13 +170,14 @@ def draw_patches(call: Call, inputs: list[Tensor], limit: int, generator: torch.
     layout in which a patch is gathered as a few contiguous runs. Only the drawn ones ever are, as float32.
     """
     groups, _, width, kernel = call.layer.blocks.shape
-    positions = call.windows(inputs[0][:1]).shape[1 : inputs[0].ndim - 1]
-    starts = torch.tensor([0] + [len(x) for x in inputs]).cumsum(0) * math.prod(positions)
+    # The images may be another dimension than the first, as in attention: there the last batch has other positions.
+    sizes = [(len(x), *call.windows(x[:1]).shape[1 : x.ndim - 1]) for x in inputs]
+    starts = torch.tensor([0, *map(math.prod, sizes)]).cumsum(0)
     chosen = torch.randperm(int(starts[-1]), generator=generator, device=generator.device)[:limit].sort().values
     ends = torch.searchsorted(chosen, starts.to(chosen.device)).tolist()
     patches = torch.empty(groups, len(chosen), kernel * width, device=chosen.device, dtype=torch.float32)
-    for x, start, first, last in zip(inputs, starts[:-1].tolist(), ends[:-1], ends[1:], strict=True):
-        index = torch.unravel_index(chosen[first:last] - start, (len(x), *positions))
+    for x, size, start, first, last in zip(inputs, sizes, starts[:-1].tolist(), ends[:-1], ends[1:], strict=True):
+        index = torch.unravel_index(chosen[first:last] - start, size)
         drawn = call.windows(x.detach())[index].float()
         patches[:, first:last] = drawn.reshape(last - first, kernel, groups, width).movedim(2, 0).flatten(2)
     return patches

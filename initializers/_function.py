@@ -25,7 +25,7 @@ class Function:
     @property
     def tolerance(self) -> float:
         """Relative change that may be rounding."""
-        return max(EXACT, 16 * torch.finfo(self.inputs[0].dtype).eps)
+        return max(EXACT, 16 * torch.finfo(next(self.model.parameters()).dtype).eps)
 
     def change(self, factors: list[float]) -> float:
         """How much the outputs have changed since, in norm relative to what they were.

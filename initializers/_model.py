@@ -41,7 +41,8 @@ def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
             `Dataset`, or a list of images (C, H, W).
 
     Raises:
-        InitializationError: no images, integer images, images without any variance, NaN or Inf in images or weights.
+        InitializationError: no images, integers that the model does not take, images without any variance, NaN or Inf
+            in images or weights.
     """
     weight = next(model.parameters(), None)
     if weight is None:
@@ -56,7 +57,26 @@ def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
         raise InitializationError(
             f"the inputs have {', '.join(str(len(image)) for image in inputs)} rows: pass as many"
         )
-    return tuple(image.detach().to(weight.device, weight.dtype) for image in inputs)
+    dtypes = [weight.dtype if image.is_floating_point() else image.dtype for image in inputs]
+    inputs = tuple(image.detach().to(weight.device, dtype) for image, dtype in zip(inputs, dtypes, strict=True))
+    _check_integers(model, inputs)
+    return inputs
+
+
+@torch.no_grad()
+def _check_integers(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Raises InitializationError: the model does not take the integers that are among its inputs."""
+    found = [image.dtype for image in inputs if not image.is_floating_point()]
+    if not found:
+        return
+    try:
+        with torch.random.fork_rng(devices=[]), without_memory(model):
+            outputs_of(model, tuple(image[:2].clone() for image in inputs))
+    except InitializationError as error:
+        raise InitializationError(
+            f"images are {found[0]}: pass float images, normalised exactly as in training (mean, scale, channels); "
+            f"integers are for models that take them, and this one does not: {error}"
+        ) from error
 
 
 def _tensors(images) -> tuple[Tensor, ...]:
@@ -139,10 +159,6 @@ def _input_of(batch) -> Tensor:
 
 
 def _check(image: Tensor) -> None:
-    if not image.is_floating_point():
-        raise InitializationError(
-            f"images are {image.dtype}: pass float images, normalised exactly as in training (mean, scale, channels)"
-        )
     if image.ndim < 2 or len(image) == 0:
         raise InitializationError(f"images have shape {tuple(image.shape)}: expected (N, ...) with at least one image")
     if not _is_finite(image):

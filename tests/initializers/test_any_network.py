@@ -656,3 +656,83 @@ def test_images_that_may_be_meant_otherwise(images, given):
     with pytest.raises(InitializationError, match=message):
         initialize(model, make(images))
     assert_same(model, before)
+
+
+# Integers.
+
+
+class Tokens(nn.Module):
+    """A small BERT, or a GPT where the output layer is none of the embedding's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.place = nn.Embedding(50, 16), nn.Parameter(torch.randn(12, 16))
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x) + self.place))
+
+
+class Columns(nn.Module):
+    """Numbers beside a category."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Embedding(7, 8), nn.Linear(12, 16), nn.Linear(16, 2)
+
+    def forward(self, numbers, category):
+        return self.head(self.hidden(torch.cat([numbers, self.embed(category[:, 0])], 1)).relu())
+
+
+class Bytes(nn.Module):
+    """Normalises its images itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.conv(x.float() / 255 - 0.5).relu().mean((2, 3)))
+
+
+def integers(high, *shape):
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "names"),
+    [
+        (Tokens, lambda: integers(50, 40, 12), ["encoder.layers.0.linear1", "encoder.layers.1.linear2", "head"]),
+        (Columns, lambda: (torch.randn(40, 4), integers(7, 40, 1)), ["hidden", "head"]),
+        (Bytes, lambda: integers(256, 40, 3, 16, 16).byte(), ["conv", "head"]),
+    ],
+)
+@pytest.mark.parametrize("filters", ["kmeans", "gaussian"])
+def test_integers_that_the_model_takes(make, given, names, filters):
+    torch.manual_seed(0)
+    model, inputs = make(), given()
+    initialize(model, inputs, filters, between=False)
+    together = model if isinstance(inputs, torch.Tensor) else lambda pair: model(*pair)
+    modules = {name: model.get_submodule(name) for name in names}
+    found = {}
+    hooks = [m.register_forward_hook(lambda m, _, y, n=n: found.update({n: y.detach()})) for n, m in modules.items()]
+    model.eval()
+    together(inputs)
+    for hook in hooks:
+        hook.remove()
+    for output in found.values():
+        channels = output.movedim(1 if output.ndim == 4 else -1, 0).flatten(1)
+        torch.testing.assert_close(channels.std(1, correction=0), torch.ones(len(channels)), atol=1e-3, rtol=0)
+    assert rescale(model, inputs).output_change < 1e-5
+    lsuv(model, inputs)
+    assert change_rate(model, inputs).spread > 0
+
+
+def test_integers_that_the_model_does_not_take(images):
+    model = backbone_and_head()
+    before = state(model)
+    with pytest.raises(InitializationError, match=r"images are torch\.uint8: pass float .* this one does not: "):
+        initialize(model, images.byte())
+    assert_same(model, before)
