@@ -135,6 +135,12 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
             layer = call.layer
             row = LayerReport(layer.name, tuple(layer.weight.shape), "orthonormal")
             report.layers.append(row)
+            if layer.name in known.tied:
+                row.filters = None
+                row.add_tied(known.tied[layer.name])
+                row.mean_after, variance = _moments(compute())
+                row.std_after = math.sqrt(variance)
+                return
             layer.set_weight(orthonormal(layer, generator))
             outputs = compute()
             mean, variance = _moments(outputs)

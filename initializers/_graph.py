@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from initializers._layers import AffineMode, Call, Layer, Layers, dropout_of, input_of, memory
+from initializers._layers import AffineMode, Call, Layer, Layers, dropout_of, input_of, memory, overlap
 from initializers._model import InitializationError, dropouts, outputs_of, tensors_of, without_dropout, without_memory
 
 SIZES = (2, 3)  # of the recorded batches
@@ -132,6 +132,23 @@ class Graph:
             if value not in self.constants and value not in self.outputs:
                 dead[position].append(value)
         return dead
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Layers whose weights something else uses before them, such as an embedding, and the name of that function."""
+        used: list[tuple[Tensor, str]] = []
+        found: dict[str, str] = {}
+        for operation in self.operations:
+            if operation.call is None:
+                results = {self.storages[index] for index in operation.outputs}  # of a view: the parameter's own
+                tensors = [self.constants[index] for index in operation.inputs if index in self.constants]
+                used += [(tensor, operation.name) for tensor in tensors if memory(tensor) not in results]
+            else:
+                weight = operation.call.layer.weight
+                name = next((name for tensor, name in used if overlap(tensor, weight)), None)
+                if name is not None:
+                    found.setdefault(operation.call.layer.name, name)
+        return found
 
     def run(self, inputs: tuple[Tensor, ...], batch: int, visit: Visit) -> None:
         """Run the graph on all images, batch by batch between one affine layer and the next.

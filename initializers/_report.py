@@ -37,6 +37,12 @@ class LayerReport:
     scale: float | None = None
     seconds: float = 0.0
 
+    def add_tied(self, function: str) -> None:
+        """A note that the weights stay."""
+        self.add_note(
+            f"its weights stay, as {function} uses them before it: others would change what layers before it saw"
+        )
+
     def add_note(self, note: str) -> None:
         """Add to the note, if there is anything to add."""
         self.note = "; ".join(filter(None, (self.note, note)))

@@ -27,6 +27,11 @@ class Recorded:
     scales: Graph | None
     problem: InitializationError | None
 
+    @property
+    def tied(self) -> dict[str, str]:
+        """See `Graph.tied`."""
+        return {} if self.scales is None else self.scales.tied
+
 
 def recorded(layers: Layers, inputs: tuple[Tensor, ...]) -> Recorded:
     """Record the graph of the model."""

@@ -48,7 +48,10 @@ def initialize_within(
         layer = call.layer
         row = LayerReport(layer.name, tuple(layer.weight.shape))
         report.layers.append(row)
-        if rule.filters is not None:
+        tied = known.tied.get(layer.name)
+        if tied is not None:
+            row.add_tied(tied)
+        elif rule.filters is not None:
             after_convolution = any(len(earlier.shape) > 2 for earlier in report.layers)
             kind = "gaussian" if after_convolution and layer.linear and rule.filters in DATA_DRIVEN else rule.filters
             centre = rule.normalise and layer.bias is None and layer.fixed_bias is None
@@ -59,7 +62,7 @@ def initialize_within(
         outputs = compute()
         mu, sigma = _statistics(layer, outputs)
         row.mean_before, row.std_before = mu.mean().item(), sigma.mean().item()
-        if rule.normalise:
+        if rule.normalise and tied is None:
             images = sum(map(len, outputs))
             still = bool((sigma <= FLAT * mu.abs()).all()) and images > 1
             normalise = _normalise_still if still else _normalise_channels

@@ -736,3 +736,45 @@ def test_integers_that_the_model_does_not_take(images):
     with pytest.raises(InitializationError, match=r"images are torch\.uint8: pass float .* this one does not: "):
         initialize(model, images.byte())
     assert_same(model, before)
+
+
+class Tied(nn.Module):
+    """A language model whose output layer has the weights of its embedding."""
+
+    def __init__(self, bias, use):
+        super().__init__()
+        self.embed, self.use = nn.Embedding(50, 16), use
+        self.first, self.second, self.norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
+        self.head = nn.Linear(16, 50, bias=bias)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        x = self.use(self, x)
+        return self.head(self.norm(x + self.second(self.first(x).relu())))
+
+
+USES = {
+    "embedding": lambda m, x: m.embed(x),
+    "rows": lambda m, x: m.embed.weight[x],
+    "one-hot": lambda m, x: nn.functional.one_hot(x, 50).float() @ m.embed.weight,
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("call", [lambda *given: initialize(*given, between=False), lsuv])
+def test_an_output_layer_that_is_tied_to_the_embedding_stays(use, bias, call):
+    torch.manual_seed(0)
+    model, x = Tied(bias, USES[use]), integers(50, 40, 12)
+    before = model.embed.weight.clone()
+    report = call(model, x)
+    notes = {row.name: row.note for row in report.layers}
+    (tied,) = {*notes} - {"first", "second"}
+    assert "its weights stay" in notes[tied]
+    assert torch.equal(model.embed.weight, before)
+    if call is not lsuv:
+        assert_normalised(model, x, ["first", "second"])
+    with torch.no_grad():
+        outputs = model.first(USES[use](model, x))
+    assert outputs.std().item() == pytest.approx(1, abs=0.03)
+    assert rescale(model, x).output_change < 1e-5
