@@ -142,7 +142,8 @@ class Graph:
             if operation.call is None:
                 results = {self.storages[index] for index in operation.outputs}  # of a view: the parameter's own
                 tensors = [self.constants[index] for index in operation.inputs if index in self.constants]
-                used += [(tensor, operation.name) for tensor in tensors if memory(tensor) not in results]
+                if not self.layers.is_scaling(operation.func, tuple(tensors)):
+                    used += [(tensor, operation.name) for tensor in tensors if memory(tensor) not in results]
             else:
                 weight = operation.call.layer.weight
                 name = next((name for tensor, name in used if overlap(tensor, weight)), None)

@@ -778,3 +778,11 @@ def test_an_output_layer_that_is_tied_to_the_embedding_stays(use, bias, call):
         outputs = model.first(USES[use](model, x))
     assert outputs.std().item() == pytest.approx(1, abs=0.03)
     assert rescale(model, x).output_change < 1e-5
+
+
+def test_what_is_scaled_already_is_initialized_again(images):
+    model = backbone_and_head().requires_grad_(True)
+    initialize(model, images, nonhomogeneous="scale")
+    report = initialize(model, images, nonhomogeneous="scale")
+    assert not [row.note for row in report.layers if "stay" in row.note]
+    assert report.spread_after < 1.05
