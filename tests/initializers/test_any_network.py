@@ -786,3 +786,54 @@ def test_what_is_scaled_already_is_initialized_again(images):
     report = initialize(model, images, nonhomogeneous="scale")
     assert not [row.note for row in report.layers if "stay" in row.note]
     assert report.spread_after < 1.05
+
+
+# Errors at any moment.
+
+
+class Failing(Memory):
+    """Fails in one of its forward passes, in the middle."""
+
+    def __init__(self, left, error):
+        super().__init__()
+        self.fail = [left, error]  # what a pass changes of it is undone like all else, so that a counter lies outside
+
+    def forward(self, x):
+        COUNT[0] += 1
+        y = self.conv(x)
+        if COUNT[0] == self.fail[0]:
+            raise self.fail[1]("on purpose")
+        return super().forward(x) + 0 * y.mean((1, 2, 3))[:, None]
+
+
+COUNT = [0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("options", [{}, {"nonhomogeneous": "scale"}, {"filters": "gaussian", "method": "paper"}])
+def test_an_error_in_any_forward_pass_leaves_everything_as_it_was(images, options, error):
+    COUNT[0] = 0
+    torch.manual_seed(0)
+    initialize(Failing(None, error), images, **options)
+    passes = COUNT[0]
+    assert passes > 5
+    for number in range(1, passes + 1):
+        COUNT[0] = 0
+        torch.manual_seed(0)
+        model = Failing(number, error)
+        model.conv.eval()
+        before, (plain, buffers) = state(model), everything(model)
+        random, hooks = torch.get_rng_state(), len(model._forward_hooks)
+        with pytest.raises((InitializationError, error)):
+            initialize(model, images, **options)
+        assert_same(model, before)
+        assert state(model).keys() == before.keys()
+        assert everything(model)[0] == plain
+        assert {name: identity for name, (identity, _) in everything(model)[1].items()} == {
+            name: identity for name, (identity, _) in buffers.items()
+        }
+        assert torch.equal(torch.get_rng_state(), random)
+        assert len(model._forward_hooks) == hooks
+        assert [module.training for module in model.modules()] == [True, False, True]
+        assert not any(parameter.grad is not None for parameter in model.parameters())
+        copy.deepcopy(model)
