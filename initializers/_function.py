@@ -51,10 +51,9 @@ class Function:
         rows = []
         with without_dropout(self.model):
             for batch in zip(*(x.split(IMAGES_AT_A_TIME) for x in self.inputs), strict=True):
+                copies = tuple(x.clone() for x in batch)  # which a model may change in place
                 with without_memory(self.model):
-                    outputs = outputs_of(
-                        self.model, tuple(x.clone() for x in batch)
-                    )  # which a model may change in place
+                    outputs = outputs_of(self.model, copies)
                 each = zip(outputs, factors or [1.0] * len(outputs), strict=True)
                 rows.append(torch.cat([output.reshape(len(output), -1) / factor for output, factor in each], 1))
         return torch.cat(rows)

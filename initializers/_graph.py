@@ -5,8 +5,7 @@ runs twice, on two images and on three, so that whatever number grows with the b
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -15,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from initializers._layers import AffineMode, Call, Layer, Layers, dropout_of, input_of, memory, overlap
-from initializers._model import InitializationError, dropouts, outputs_of, tensors_of, without_dropout, without_memory
+from initializers._model import (
+    InitializationError,
+    dropouts,
+    forked_random,
+    outputs_of,
+    tensors_of,
+    without_dropout,
+    without_memory,
+)
 
 SIZES = (2, 3)  # of the recorded batches
 SAMPLES = 1280  # images times masks times positions behind dropout, at least: they give a variance to 4 %
@@ -237,7 +244,7 @@ def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
     per_image = all(set(_rows(graph)) == {size} for graph, size in zip((first, second), SIZES, strict=True))
     for one, other in zip(first.operations, second.operations, strict=True):
         one.args, one.kwargs = _generalise((one.args, one.kwargs), (other.args, other.kwargs))
-    with _forked(inputs[0].device):
+    with forked_random(inputs[0].device):
         first.interact = _interact(results, others) and _interact_in_full(layers, inputs)
         count = len(inputs[0])
         for size in {min(IMAGES_AT_A_TIME, count), count % IMAGES_AT_A_TIME} - {0, *SIZES}:
@@ -248,13 +255,6 @@ def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
                 _generalise(expected, (other.args, other.kwargs), sizes=False)
     layers.per_image = per_image
     return first
-
-
-@contextmanager
-def _forked(device: torch.device) -> Iterator[None]:
-    """Random numbers drawn inside leave those that follow as they would have been."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 def _interact_in_full(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
@@ -301,7 +301,7 @@ def record_once(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
         UngraphableError: what the model does depends on the values of its activations.
     """
     others = tuple(x.roll(1 + len(x) // 2, 0) for x in inputs)
-    with _forked(inputs[0].device):
+    with forked_random(inputs[0].device):
         (graph, _), (other, _) = _record(layers, inputs, size), _record(layers, others, size)
     _check_alike(graph, other)
     return graph

@@ -10,12 +10,11 @@ from torch import nn
 from initializers._auxiliary import insert_auxiliary
 from initializers._between import equalise_between
 from initializers._filters import Filters
-from initializers._graph import Graph
 from initializers._layers import Layers
 from initializers._model import InitializationError, as_inputs, constants, unchanged_on_error, unwrapped
 from initializers._propagate import Lrn, Outputs, propagate
 from initializers._report import Report
-from initializers._sweep import inactive_dropout, recorded
+from initializers._sweep import Recorded, inactive_dropout, recorded
 from initializers._within import Within, initialize_within
 
 Method = Literal["balance", "paper"]
@@ -122,7 +121,7 @@ def initialize(
             scales = propagate(known.scales, lrn, outputs)
             damping = None if method == "balance" else alpha
             equalise_between(layers, inputs, scales, report, damping=damping, rate_images=rate_images, seed=seed)
-        _describe(layers, known.scales, report)
+        _describe(layers, known, report)
         report.unsaved = [name for name, value in constants(model).items() if value != before[name]]
     report.seconds = time.perf_counter() - start
     return report
@@ -159,17 +158,18 @@ def rescale(
     )
 
 
-def _describe(layers: Layers, graph: Graph | None, report: Report) -> None:
+def _describe(layers: Layers, known: Recorded, report: Report) -> None:
     """What was not treated like the rest, and why."""
     seen = {layers.owner(tensor) for layer in layers.found.values() for tensor in (layer.weight, layer.bias)}
     parameters = layers.model.named_parameters()
     report.kept = [name for name, p in parameters if p.ndim > 1 and name not in seen and p.requires_grad]
     report.frozen = [name for name, parameter in layers.model.named_parameters() if not parameter.requires_grad]
-    report.inactive_dropout = inactive_dropout(layers, graph)
-    uses = Counter(operation.call.layer.name for operation in graph.operations if operation.call) if graph else {}
+    report.inactive_dropout = inactive_dropout(layers, known.scales)
+    operations = known.graph.operations if known.graph is not None else []  # of parts of the images all uses count
+    uses = Counter(operation.call.layer.name for operation in operations if operation.call)
     for row in report.layers:
         layer = layers.found[row.name]
         if layer.fixed_bias is not None:
             row.add_note("its bias is computed or frozen, so that the mean is as it comes")
-        if uses.get(row.name, 1) > 1:
+        if uses[row.name] > 1:
             row.add_note(f"used {uses[row.name]} times, normalised where it is used first")

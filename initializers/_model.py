@@ -70,7 +70,7 @@ def _check_integers(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if not found:
         return
     try:
-        with torch.random.fork_rng(devices=[]), without_memory(model):
+        with forked_random(inputs[0].device), without_memory(model):
             outputs_of(model, tuple(image[:2].clone() for image in inputs))
     except InitializationError as error:
         raise InitializationError(
@@ -205,6 +205,13 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
             module.training = flag
         for backend, name, value in arithmetic:
             setattr(backend, name, value)
+
+
+@contextmanager
+def forked_random(device: torch.device) -> Iterator[None]:
+    """Random numbers drawn inside leave those that follow as they would have been."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 @contextmanager
