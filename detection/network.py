@@ -11,7 +11,7 @@ from torchvision.ops import roi_pool
 from detection.boxes import clip, decode, nms
 from detection.sampling import BACKGROUND_LABEL, IGNORED
 
-STRIDE = 16  # pixels of the image to one of the last convolution's map, for CaffeNet and VGG-16
+STRIDE = 16  # pixels of the image to one position of the map that RoIs are pooled from
 OUTPUT_STD = {"cls_score": 0.01, "bbox_pred": 0.001}  # of the new layers at full width, biases 0 (rbgirshick/fast-rcnn)
 
 
@@ -23,11 +23,13 @@ class FastRCNN(nn.Module):
     All layers keep their names; the new ones are `cls_score` and `bbox_pred`.
 
     Args:
-        network: the classifier, whose modules run one after the other; its modules become the detector's. Its
-            `std_factors`, and `caffe_fillers` if it has them, say how the layers of a narrower one are initialized.
+        network: the classifier, whose modules run one after the other, up to its last layer, `head`; its modules
+            become the detector's. Its `std_factors`, and `caffe_fillers` if it has them, say how the layers of a
+            narrower one are initialized.
         classes: without the background.
         pool: name of the pooling that goes.
         padding: of convolutions and poolings, where the detector's are others than the classifier's.
+        pooled: side of the map that a RoI becomes; None: what the first linear layer takes.
 
     Raises:
         ValueError: `network` has no such modules, or its first linear layer takes no square map.
@@ -36,7 +38,12 @@ class FastRCNN(nn.Module):
     head = "cls_score"
 
     def __init__(
-        self, network: nn.Sequential, classes: int = 20, pool: str = "pool5", padding: Mapping[str, int] | None = None
+        self,
+        network: nn.Sequential,
+        classes: int = 20,
+        pool: str = "pool5",
+        padding: Mapping[str, int] | None = None,
+        pooled: int | None = None,
     ):
         super().__init__()
         layers = dict(network.named_children())
@@ -44,22 +51,20 @@ class FastRCNN(nn.Module):
             if name not in layers:
                 raise ValueError(f"{type(network).__name__} has no layer {name}: it has {', '.join(layers)}")
         names = list(layers)
-        self.trunk, self.top = names[: names.index(pool)], names[names.index(pool) + 1 : -1]
+        first, last = names.index(pool), names.index(network.head.split(".")[0])
+        self.trunk, self.top = names[:first], names[first + 1 : last]
         for name in (*self.trunk, *self.top):
             self.add_module(name, layers[name])
         for name, value in (padding or {}).items():
             layers[name].padding = (value, value) if isinstance(layers[name], nn.Conv2d) else value
 
-        channels = [m.out_channels for name in self.trunk if isinstance(m := layers[name], nn.Conv2d)][-1]
-        linear = [m for name in self.top if isinstance(m := layers[name], nn.Linear)]
-        self.pooled = math.isqrt(linear[0].in_features // channels)
-        if self.pooled**2 * channels != linear[0].in_features:
-            raise ValueError(f"the first linear layer takes {linear[0].in_features} values, no square map")
+        self.pooled = self._side() if pooled is None else pooled
         self.classes = classes
-        self.cls_score = nn.Linear(linear[-1].out_features, 1 + classes)
-        self.bbox_pred = nn.Linear(linear[-1].out_features, 4 * (1 + classes))
+        features = network.get_submodule(network.head).in_features
+        self.cls_score = nn.Linear(features, 1 + classes)
+        self.bbox_pred = nn.Linear(features, 4 * (1 + classes))
         factors = network.std_factors
-        self.std_factors = {**factors, **dict.fromkeys(OUTPUT_STD, factors[names[-1]])}
+        self.std_factors = {**factors, **dict.fromkeys(OUTPUT_STD, factors[network.head])}
         self.reset_outputs(0)
         # Targets are normalised by these; `detect` undoes it.
         self.register_buffer("target_mean", torch.zeros(1 + classes, 4))
@@ -67,6 +72,15 @@ class FastRCNN(nn.Module):
         if fillers := getattr(network, "caffe_fillers", None):
             outputs = {name: (self.std_factors[name] * std, 0.0) for name, std in OUTPUT_STD.items()}
             self.caffe_fillers = {**fillers, **outputs}
+
+    def _side(self) -> int:
+        """Side of the map that the first linear layer takes."""
+        trunk = [m for name in self.trunk if isinstance(m := self.get_submodule(name), nn.Conv2d)]
+        linear = next(m for name in self.top if isinstance(m := self.get_submodule(name), nn.Linear))
+        side = math.isqrt(linear.in_features // trunk[-1].out_channels)
+        if side**2 * trunk[-1].out_channels != linear.in_features:
+            raise ValueError(f"the first linear layer takes {linear.in_features} values, no square map")
+        return side
 
     def forward(self, images: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
         count, each = rois.shape[:2]

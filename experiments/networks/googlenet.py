@@ -1,5 +1,7 @@
 """GoogLeNet (Szegedy et al., 2015) as Caffe trains it (BVLC/caffe, models/bvlc_googlenet)."""
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,9 +21,10 @@ INCEPTIONS = {
     "5a": (256, 160, 320, 32, 128, 128),
     "5b": (384, 192, 384, 48, 128, 128),
 }
+AUXILIARY = {"4a": "loss1", "4d": "loss2"}  # classifiers behind inceptions
 
 
-class GoogLeNet(nn.Module):
+class GoogLeNet(nn.Sequential):
     """Nine inception modules behind three convolutions, 22 layers deep.
 
     Input: float images (N, 3, input_size, input_size), BGR, 0..255 minus the mean. Output: logits (N, num_outputs); in
@@ -56,21 +59,33 @@ class GoogLeNet(nn.Module):
             return max(4, 4 * round(width * channels / 4))
 
         c1, c2, channels = scaled(64), scaled(64), scaled(192)
-        self.conv1 = nn.ModuleDict({"7x7_s2": nn.Conv2d(3, c1, 7, stride=2, padding=3)})
-        self.conv2 = nn.ModuleDict(
-            {"3x3_reduce": nn.Conv2d(c1, c2, 1), "3x3": nn.Conv2d(c2, channels, 3, padding=1)},
+        self.conv1 = _named({"7x7_s2": nn.Conv2d(3, c1, 7, stride=2, padding=3), "relu": nn.ReLU(inplace=True)})
+        self.pool1 = _pool()
+        self.norm1 = LocalResponseNorm() if lrn else nn.Identity()
+        self.conv2 = _named(
+            {
+                "3x3_reduce": nn.Conv2d(c1, c2, 1),
+                "relu_reduce": nn.ReLU(inplace=True),
+                "3x3": nn.Conv2d(c2, channels, 3, padding=1),
+                "relu": nn.ReLU(inplace=True),
+            }
         )
-        self.norm1, self.norm2 = (LocalResponseNorm() if lrn else nn.Identity() for _ in range(2))
+        self.norm2 = LocalResponseNorm() if lrn else nn.Identity()
+        self.pool2 = _pool()
         side = _pooled(_pooled(_pooled((input_size + 1) // 2)))
         classifiers = {}
         for name, outputs in INCEPTIONS.items():
             inception = Inception(channels, *map(scaled, outputs))
             self.add_module(f"inception_{name}", inception)
             channels = inception.out_channels
-            if auxiliary and name in ("4a", "4d"):
-                classifiers[f"loss{1 + len(classifiers)}"] = Auxiliary(channels, side, scaled(128), num_outputs)
+            if name in ("3b", "4e"):
+                self.add_module(f"pool{name[0]}", _pool())
+            if auxiliary and name in AUXILIARY:
+                classifiers[AUXILIARY[name]] = Auxiliary(channels, side, scaled(128), num_outputs)
+        self.pool5 = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
         self.dropout = nn.Dropout(dropout)
-        self.loss3 = nn.ModuleDict({"classifier": nn.Linear(channels, num_outputs)})
+        self.loss3 = _named({"classifier": nn.Linear(channels, num_outputs)})
         for name, classifier in classifiers.items():
             self.add_module(name, classifier)
         self.input_size = input_size
@@ -87,19 +102,13 @@ class GoogLeNet(nn.Module):
 
     def forward(self, x: Tensor, auxiliary: bool | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """With `auxiliary` the auxiliary outputs too; None: in training mode, where there are some."""
-        x = F.relu(self.conv1["7x7_s2"](x), inplace=True)
-        x = self.norm1(_pool(x))
-        x = F.relu(self.conv2["3x3_reduce"](x), inplace=True)
-        x = F.relu(self.conv2["3x3"](x), inplace=True)
-        x = _pool(self.norm2(x))
-        x = _pool(self.inception_3b(self.inception_3a(x)))
-        a = self.inception_4a(x)
-        d = self.inception_4d(self.inception_4c(self.inception_4b(a)))
-        x = _pool(self.inception_4e(d))
-        x = self.inception_5b(self.inception_5a(x))
-        x = self.loss3["classifier"](self.dropout(x.mean((2, 3))))
+        seen = {}
+        for name, module in self.named_children():
+            if name in AUXILIARY.values():
+                break
+            x = seen[name] = module(x)
         if self.auxiliary and self.training if auxiliary is None else auxiliary:
-            return x, self.loss1(a), self.loss2(d)
+            return x, *(self.get_submodule(name)(seen[f"inception_{where}"]) for where, name in AUXILIARY.items())
         return x
 
 
@@ -146,8 +155,12 @@ class Auxiliary(nn.Module):
         return self.classifier(self.dropout(F.relu(self.fc(x), inplace=True)))
 
 
-def _pool(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, stride=2, ceil_mode=True)  # Caffe rounds the pooled size up
+def _named(modules: dict[str, nn.Module]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
+
+
+def _pool() -> nn.MaxPool2d:
+    return nn.MaxPool2d(3, stride=2, ceil_mode=True)  # Caffe rounds the pooled size up
 
 
 def _pooled(size: int) -> int:

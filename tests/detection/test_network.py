@@ -2,18 +2,21 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 from torchvision.ops import roi_pool
 
 import initializers
 from detection import FastRCNN, detect, fast_rcnn_loss
 from detection.boxes import clip, decode, iou
-from experiments.networks import VGG16, CaffeNet
+from experiments.networks import VGG16, CaffeNet, GoogLeNet
 
+ROOT = Path(__file__).parents[2]
 CAFFENET = {"padding": {"conv1": 5, "pool1": 1, "pool2": 1}}
 
 
@@ -72,6 +75,30 @@ def test_shapes_and_parameters(network, options, pooled, parameters):
     assert "pool5" not in dict(model.named_modules())
 
 
+def test_googlenet_from_the_fourth_pooling_on():
+    options = yaml.safe_load((ROOT / "configs" / "detector" / "googlenet.yaml").read_text())
+    torch.manual_seed(0)
+    network = GoogLeNet(20, width=0.25, auxiliary=True, dropout=0).eval()
+    classifier = copy.deepcopy(network)
+    model = FastRCNN(network, **options).eval()
+    assert not [name for name, _ in model.named_parameters() if name.startswith(("loss", "pool"))]
+    assert model.trunk[-1] == "inception_4e"
+    assert model.std_factors["cls_score"] == 2  # 1,024 inputs at full width
+    x = torch.randn(2, 3, 208, 208, generator=torch.Generator().manual_seed(1))
+    maps = x
+    for name in model.trunk:
+        maps = model.get_submodule(name)(maps)
+    assert maps.shape[2:] == (14, 14)  # 208 / 16, and one more
+    # A RoI of 14 cells is pooled as the classifier pools its map, but for the windows that overlap.
+    rois = torch.tensor([0.0, 0, 207, 207]).expand(2, 1, 4)
+    with torch.no_grad():
+        scores, deltas = model(x, rois)
+        pooled = nn.functional.max_pool2d(maps, 2)
+        top = classifier.inception_5b(classifier.inception_5a(pooled)).mean((2, 3))
+        torch.testing.assert_close(scores[:, 0], model.cls_score(top))
+    assert (scores.shape, deltas.shape) == ((2, 1, 21), (2, 1, 84))
+
+
 def test_outputs_of_each_image_and_roi():
     model, (x, rois) = small(), draw()
     scores, deltas = model(x, rois)
@@ -93,6 +120,7 @@ def test_a_network_that_cannot_be_a_detector():
     for name, layer in (("conv", nn.Conv2d(3, 4, 3)), ("pool5", nn.MaxPool2d(2)), ("fc", nn.Linear(12, 3))):
         other.add_module(name, layer)
     other.add_module("last", nn.Linear(3, 2))
+    other.head = "last"
     with pytest.raises(ValueError, match="takes 12 values, no square map"):
         FastRCNN(other)
 

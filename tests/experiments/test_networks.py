@@ -89,6 +89,7 @@ NETWORKS = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yam
 FEW = ["init=gaussian", "init.images=20", "train.iterations=1"]
 COMMANDS = {
     "voc_cls.py": ["preset=demo", *FEW, "rates.images=10", "evaluate.crops=1"],
+    "voc_det.py": ["preset=demo", *FEW, "batch.per_batch=16"],
     "imagenet.py": ["preset=demo", *FEW],
     "pretrain.py": ["preset=demo", *FEW, "evaluate.pairs=20"],
     "change_rate.py": ["data=demo", "model.width=0.125", "model.input_size=64", "init.images=20", "rates.images=10"],
