@@ -51,7 +51,7 @@ def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: in
             exponents = {name: round(exponent) for name, exponent in exponents.items()}
             change = insert(exponents)
         function.check(change)
-        scaled = Layers(model, trainable=True)
+        scaled = Layers(model, layers.names, trainable=True)
         last = usable_rates(scaled, images, seed, draws=RATE_DRAWS)
     except BaseException:
         remove()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from initializers._filters import orthonormal
 from initializers._graph import Batches
+from initializers._inputs import as_inputs
 from initializers._layers import MODULES, NO_LAYER, Call, Layer, Layers, affine_modules
-from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped
+from initializers._model import InitializationError, unchanged_on_error, unwrapped
 from initializers._report import LayerReport, Report
 from initializers._sweep import inactive_dropout, recorded, sweep
 
@@ -125,7 +126,8 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
     start = time.perf_counter()
     model = unwrapped(model)
     with unchanged_on_error(model, seed):
-        inputs, layers = as_inputs(model, images), Layers(model, trainable=True)
+        inputs, names = as_inputs(model, images)
+        layers = Layers(model, names, trainable=True)
         generator = torch.Generator(inputs[0].device).manual_seed(seed)
         known = recorded(layers, inputs)
         report = Report([], images=len(inputs[0]))

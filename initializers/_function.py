@@ -19,7 +19,7 @@ class Function:
     """
 
     def __init__(self, layers: Layers, inputs: tuple[Tensor, ...]) -> None:
-        self.model, self.inputs = layers.model, some(inputs, IMAGES)
+        self.model, self.names, self.inputs = layers.model, layers.names, some(inputs, IMAGES)
         self.outputs = self._compute([])
 
     @property
@@ -53,7 +53,7 @@ class Function:
             for batch in zip(*(x.split(IMAGES_AT_A_TIME) for x in self.inputs), strict=True):
                 copies = tuple(x.clone() for x in batch)  # which a model may change in place
                 with without_memory(self.model):
-                    outputs = outputs_of(self.model, copies)
+                    outputs = outputs_of(self.model, copies, self.names)
                 each = zip(outputs, factors or [1.0] * len(outputs), strict=True)
                 rows.append(torch.cat([output.reshape(len(output), -1) / factor for output, factor in each], 1))
         return torch.cat(rows)

@@ -263,7 +263,7 @@ def _interact_in_full(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
     with without_dropout(layers.model):
         for size in SIZES:
             torch.manual_seed(0)
-            results.append(_record(Layers(layers.model), inputs, size)[1])
+            results.append(_record(Layers(layers.model, layers.names), inputs, size)[1])
     return _interact(*results)
 
 
@@ -318,7 +318,7 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Grap
     hooks += [norm.register_forward_hook(recorder.leave, always_call=True) for norm in norms]
     try:
         with torch.no_grad(), without_memory(layers.model), recorder:
-            outputs = outputs_of(layers.model, inputs)
+            outputs = outputs_of(layers.model, inputs, layers.names)
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,8 +10,9 @@ from torch import nn
 from initializers._auxiliary import insert_auxiliary
 from initializers._between import equalise_between
 from initializers._filters import Filters
+from initializers._inputs import as_inputs
 from initializers._layers import Layers
-from initializers._model import InitializationError, as_inputs, constants, unchanged_on_error, unwrapped
+from initializers._model import InitializationError, constants, unchanged_on_error, unwrapped
 from initializers._propagate import Lrn, Outputs, propagate
 from initializers._report import Report
 from initializers._sweep import Recorded, inactive_dropout, recorded
@@ -102,8 +103,8 @@ def initialize(
     start = time.perf_counter()
     model = unwrapped(model)
     with unchanged_on_error(model, seed):
-        inputs = as_inputs(model, images)
-        layers = Layers(model, trainable=True)
+        inputs, names = as_inputs(model, images)
+        layers = Layers(model, names, trainable=True)
         known = recorded(layers, inputs)
         before = constants(model)
         report = Report([], images=len(inputs[0]))

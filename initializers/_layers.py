@@ -170,6 +170,7 @@ class Layers:
     """The affine layers of a model, found as calls to them are seen."""
 
     model: nn.Module
+    names: tuple[str, ...] = ()  # by which the model takes the last of its inputs
     trainable: bool = False  # only those whose weights are not frozen
     found: dict[str, Layer] = field(default_factory=dict)  # in order of execution
     per_image: bool | None = None  # whether the rows of all inputs are the images; None where nothing ran yet
@@ -353,7 +354,7 @@ def forward(
         What the model returns; see `outputs_of`.
     """
     with _Visitor(layers, visit):
-        return outputs_of(layers.model, tuple(x.clone() for x in inputs))  # which a model may change in place
+        return outputs_of(layers.model, tuple(x.clone() for x in inputs), layers.names)  # which it may change in place
 
 
 def dropout_of(name: str, args: tuple, kwargs: dict) -> tuple[float, bool]:

@@ -1,9 +1,12 @@
-"""What every step needs of a model: its inputs, its outputs, its dropout, and a safe way to change it."""
+"""What every step needs of a model: its outputs, its dropout, and a safe way to change it."""
 
 import copy
+import dataclasses
 import sys
+import threading
+import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -18,6 +21,9 @@ ARITHMETIC = (  # of a GPU
 )
 
 
+_ONE_AT_A_TIME = threading.RLock()  # modes of a model and torch's random state are one for all threads
+
+
 class InitializationError(ValueError):
     """The model or the images cannot be used; the message names the layer and the remedy. The model is unchanged."""
 
@@ -30,149 +36,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def as_inputs(model: nn.Module, images) -> tuple[Tensor, ...]:
-    """Check the model's weights, and give the images as the positional inputs of one forward pass.
-
-    The inputs are on the model's device and in its precision.
-
-    Args:
-        images: a float tensor (N, ...), an iterable of batches (tensors, or tuples, lists or dicts whose first
-            tensor is the input), a tuple of tensors for a model of several inputs, one batch of images and labels, a
-            `Dataset`, or a list of images (C, H, W).
-
-    Raises:
-        InitializationError: no images, integers that the model does not take, images without any variance, NaN or Inf
-            in images or weights.
-    """
-    weight = next(model.parameters(), None)
-    if weight is None:
-        raise InitializationError("the model has no parameters: there is nothing to initialize")
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and not _is_finite(parameter):
-            raise InitializationError(f"parameter {name} holds NaN or Inf; initialize or load it again")
-    inputs = _tensors(images)
-    for image in inputs:
-        _check(image)
-    if len({len(image) for image in inputs}) > 1:
-        raise InitializationError(
-            f"the inputs have {', '.join(str(len(image)) for image in inputs)} rows: pass as many"
-        )
-    dtypes = [weight.dtype if image.is_floating_point() else image.dtype for image in inputs]
-    inputs = tuple(image.detach().to(weight.device, dtype) for image, dtype in zip(inputs, dtypes, strict=True))
-    _check_integers(model, inputs)
-    return inputs
-
-
-@torch.no_grad()
-def _check_integers(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Raises InitializationError: the model does not take the integers that are among its inputs."""
-    found = [image.dtype for image in inputs if not image.is_floating_point()]
-    if not found:
-        return
-    try:
-        with forked_random(inputs[0].device), without_memory(model):
-            outputs_of(model, tuple(image[:2].clone() for image in inputs))
-    except InitializationError as error:
-        raise InitializationError(
-            f"images are {found[0]}: pass float images, normalised exactly as in training (mean, scale, channels); "
-            f"integers are for models that take them, and this one does not: {error}"
-        ) from error
-
-
-def _tensors(images) -> tuple[Tensor, ...]:
-    """The images as one tensor for each input of the model; arguments and errors of `as_inputs`."""
-    if isinstance(images, Tensor):
-        return (images,)
-    if isinstance(images, tuple) and images and all(isinstance(image, Tensor) for image in images):
-        return _inputs_of(images)
-    if isinstance(images, dict) or (isinstance(images, list) and _is_batch(images)):
-        return (_input_of(images),)
-    one_by_one = isinstance(images, torch.utils.data.Dataset) and hasattr(images, "__len__")
-    if not isinstance(images, Iterable) and not one_by_one:
-        raise InitializationError(f"images is a {type(images).__name__}: pass a float tensor or an iterable of batches")
-    with torch.random.fork_rng(devices=[]):  # which a loader draws from
-        given = [images[number] for number in range(len(images))] if one_by_one else [*images]
-    if not given:
-        raise InitializationError("images is empty: pass at least a few dozen real images")
-    parts = [_input_of(part) for part in given]
-    if one_by_one or (isinstance(images, list) and all(map(_is_image, parts))):
-        parts = [part.unsqueeze(0) for part in parts]
-    if len({part.shape[1:] for part in parts}) > 1:
-        shapes = sorted({tuple(part.shape[1:]) for part in parts})
-        raise InitializationError(f"the batches hold images of different shapes {shapes}: resize them to one")
-    return (torch.cat(parts),)
-
-
-def _is_batch(given: list) -> bool:
-    """Whether a list is one batch of a loader, of images and of labels (of integers, or of less dimensions).
-
-    Raises:
-        InitializationError: it may be that, or two batches.
-    """
-    if len(given) < 2 or not all(isinstance(part, Tensor) and part.ndim for part in given):
-        return False
-    if len(given) == 2 and given[0].shape == given[1].shape and given[0].ndim > 1 and not _is_image(given[0]):
-        raise InitializationError(
-            "images is a list of two tensors of the same shape, which may be inputs and targets or two batches: pass "
-            "the inputs alone, or torch.cat of the batches"
-        )
-    return len({(part.is_floating_point(), part.ndim) for part in given}) > 1 and len(set(map(len, given))) == 1
-
-
-def _is_image(part: Tensor) -> bool:
-    """Whether this is an image, (C, H, W), and no batch: of as many channels as images have, and a square."""
-    return part.ndim == 3 and len(part) in (1, 3) and part.shape[1] == part.shape[2]
-
-
-def _inputs_of(images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The inputs of a model of several; of a batch, with labels of integers, the first.
-
-    Raises:
-        InitializationError: integers come first.
-    """
-    if not images[0].is_floating_point() and any(image.is_floating_point() for image in images):
-        raise InitializationError(f"images is a tuple whose first tensor is {images[0].dtype}: pass the images alone")
-    labels = len(images) == 2 and not images[1].is_floating_point() and images[1].ndim == 1
-    return images[:1] if labels else images
-
-
-def _input_of(batch) -> Tensor:
-    """The images of a batch: its first tensor, or where labels of integers come first, its one tensor of floats.
-
-    Raises:
-        InitializationError: there is no tensor, or several of floats behind one of integers.
-    """
-    if isinstance(batch, Tensor):
-        return batch
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors:
-        message = f"a batch of type {type(batch).__name__} holds no tensor: yield tensors or (input, ...)"
-        raise InitializationError(message)
-    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    if tensors[0].is_floating_point() or not floats:
-        return tensors[0]
-    if len(floats) > 1:
-        message = f"a batch begins with {tensors[0].dtype} and holds several tensors of floats: yield the images first"
-        raise InitializationError(message)
-    return floats[0]
-
-
-def _check(image: Tensor) -> None:
-    if image.ndim < 2 or len(image) == 0:
-        raise InitializationError(f"images have shape {tuple(image.shape)}: expected (N, ...) with at least one image")
-    if not _is_finite(image):
-        raise InitializationError("images hold NaN or Inf: check the decoding and the normalisation")
-    others = [dimension for dimension in range(image.ndim) if dimension != 1]
-    if torch.equal(image.amin(others), image.amax(others)):
-        raise InitializationError("images have no variance (are they all black?): pass real images")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; in one pass, as NaN propagates."""
-    return all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))
-
-
 @contextmanager
 def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     """Evaluation mode with dropout inside; afterwards flags and random state are as found, after an error weights too.
@@ -180,7 +43,14 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     Dropout modules are active, as in training and in the authors' code: what is measured is what is trained. Everything
     else is in evaluation mode: BatchNorm uses its running statistics, which are not updated. On a GPU convolutions and
     products are deterministic and of full precision: TF32 changes outputs by more than the between-layer step may.
+    Other threads wait.
     """
+    with _ONE_AT_A_TIME, _unchanged_on_error(model, seed):
+        yield
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if parameter.is_inference():  # torch lets nobody change it
             raise InitializationError(f"parameter {name} was made in inference mode: make the model outside of it")
@@ -345,28 +215,51 @@ def _flat(held) -> list:
     return [*held, *held.values()] if isinstance(held, dict) else [*held]
 
 
-def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The tensors that the model returns, (N, ...) each.
+def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...] = ()) -> list[Tensor]:
+    """The tensors of floats that the model returns with a row per image, (N, ...) each.
+
+    What else it returns, such as a loss, does not count. A list with an element for each image, of tensors of the same
+    shapes, is stacked.
+
+    Args:
+        names: by which it takes the last of the inputs.
 
     Raises:
-        InitializationError: the model rejects inputs of this shape, or does not return a row per image.
+        InitializationError: the model rejects inputs of this shape, or returns nothing with a row per image.
     """
+    positional = len(inputs) - len(names)
     try:
-        output = model(*inputs)
+        output = model(*inputs[:positional], **dict(zip(names, inputs[positional:], strict=True)))
     except InitializationError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         shapes = ", ".join(str(tuple(image.shape)) for image in inputs)
         raise InitializationError(f"the model rejects images of shape {shapes}: {error}") from error
-    outputs = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
-    if not outputs or any(tensor.ndim == 0 or len(tensor) != len(inputs[0]) for tensor in outputs):
-        raise InitializationError("the model must return tensors with a row per image; wrap it so that it does")
+    count = len(inputs[0])
+    found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
+    outputs = [tensor for tensor in found if tensor.ndim and len(tensor) == count]
+    if not outputs and isinstance(output, list | tuple) and len(output) == count:
+        parts = [[tensor for tensor in tensors_of(part) if tensor.is_floating_point()] for part in output]
+        if parts[0] and len({tuple(tensor.shape for tensor in part) for part in parts}) == 1:
+            outputs = [torch.stack(tensors) for tensors in zip(*parts, strict=True)]
+    if not outputs:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found[:4]) or "no tensor of floats"
+        raise InitializationError(
+            f"the model returns a {type(output).__name__} with {shapes} for {count} images, of which nothing has a row "
+            "per image; wrap the model in a module whose forward returns such a tensor, its logits or its features"
+        )
     return outputs
 
 
 def tensors_of(tree) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
+    """The tensors in nested tuples, lists, mappings and data classes."""
     if isinstance(tree, Tensor):
         return [tree]
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ()
+    parts: Iterable = ()
+    if isinstance(tree, Mapping):
+        parts = tree.values()
+    elif isinstance(tree, tuple | list):
+        parts = tree
+    elif (dataclasses.is_dataclass(tree) and not isinstance(tree, type)) or isinstance(tree, types.SimpleNamespace):
+        parts = vars(tree).values()
     return [tensor for part in parts for tensor in tensors_of(part)]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from initializers._inputs import as_inputs
 from initializers._layers import NO_LAYER, PIECE, Call, Layer, Layers, forward
-from initializers._model import InitializationError, as_inputs, unchanged_on_error, unwrapped, without_memory
+from initializers._model import InitializationError, unchanged_on_error, unwrapped, without_memory
 from initializers._plot import plot_rates
 
 RATE_DRAWS = 4  # top gradients for each image, where a step is exact and need not be repeated
@@ -81,7 +82,8 @@ def change_rate(model: nn.Module, images, *, seed: int = 0) -> Rates:
     """
     model = unwrapped(model)
     with unchanged_on_error(model, seed):
-        return measure(Layers(model), as_inputs(model, images), seed).rates
+        inputs, names = as_inputs(model, images)
+        return measure(Layers(model, names), inputs, seed).rates
 
 
 @dataclass

@@ -9,8 +9,8 @@ from experiments.data.images import ImageCache, crop, whole
 from experiments.data.voc import read_split
 from experiments.networks.googlenet import GoogLeNet
 from initializers import Rates, change_rate, initialize, rescale
+from initializers._inputs import as_inputs
 from initializers._layers import Layers
-from initializers._model import as_inputs
 from initializers._rates import measure
 
 
@@ -88,6 +88,6 @@ def test_held_out_rates_on_real_images(filters, tmp_path_factory):
     assert report.rate_images == 100
     with torch.no_grad():
         assert relative(model(others), expected) < 1e-4
-    rates: Rates = measure(Layers(model), as_inputs(model, others), seed=1, draws=4).rates
+    rates: Rates = measure(Layers(model), as_inputs(model, others)[0], seed=1, draws=4).rates
     print(f"{filters}: {before:.4g} -> {report.spread_after:.4g}, held out {rates.spread:.4g}")
     assert rates.spread <= 1.25
