@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from initializers._function import Function, some
-from initializers._layers import AuxiliaryScaling, Layers
-from initializers._model import snapshot
-from initializers._rates import RATE_DRAWS, Measurement, usable_rates
+from initializers._layers import AuxiliaryScaling, Layer, Layers
+from initializers._model import InitializationError, snapshot
+from initializers._rates import RATE_DRAWS, usable_rates
 from initializers._report import Report
 
 
@@ -25,10 +25,15 @@ def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: in
     """
     function, images = Function(layers, inputs), some(inputs, rate_images)
     first = usable_rates(layers, images, seed, draws=RATE_DRAWS)
-    logs = {name: math.log(rate) for name, rate in first.rates.mean.items()}
+    problems = {name: layers.unscalable(layer) for name, layer in first.layers.items()}
+    scaled = {name: layer for name, layer in first.layers.items() if not problems[name]}
+    logs = {name: math.log(rate) for name, rate in first.rates.mean.items() if name in scaled}
+    if not logs:
+        problem = "; ".join({*problems.values()} - {""})
+        raise InitializationError(f'nonhomogeneous="scale" finds nothing to scale: {problem}')
     centre = sum(logs.values()) / len(logs)
     exponents: dict[str, float] = {name: (rate - centre) / 2 / math.log(2) for name, rate in logs.items()}
-    model, restore, rows = layers.model, snapshot(layers.model), _layers_of_rows(layers, first)
+    model, restore, rows = layers.model, snapshot(layers.model), _layers_of_rows(layers, scaled)
     added: list[tuple[nn.Module, str]] = []
 
     def insert(exponents: dict[str, float]) -> float:
@@ -51,26 +56,31 @@ def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: in
             exponents = {name: round(exponent) for name, exponent in exponents.items()}
             change = insert(exponents)
         function.check(change)
-        scaled = Layers(model, layers.names, trainable=True)
-        last = usable_rates(scaled, images, seed, draws=RATE_DRAWS)
+        after = Layers(model, layers.names, trainable=True)
+        last = usable_rates(after, images, seed, draws=RATE_DRAWS)
     except BaseException:
         remove()
         raise
     report.rounds, report.output_change = 1, change
     report.add_rates(first, last, {name: 2.0**exponent for name, exponent in exponents.items()})
-    return scaled
+    for row in report.layers:
+        if problems.get(row.name):
+            row.add_note(f"not scaled, as {problems[row.name]}")
+    return after
 
 
-def _layers_of_rows(layers: Layers, measurement: Measurement) -> dict[str, list[str]]:
+def _layers_of_rows(layers: Layers, scaled: dict[str, Layer]) -> dict[str, list[str]]:
     """The layer of each row of each parameter; several layers may be rows of one."""
     rows: dict[str, list[str]] = {}
-    for name, layer in measurement.layers.items():
+    for name, layer in scaled.items():
         for part in (layer.weight, layer.bias):
-            found = None if part is None else layers.rows(part)
-            if part is not None and found is not None:
-                owner, start = found[0], found[1] or 0
-                names = rows.setdefault(owner, [name] * len(layers.model.get_parameter(owner)))
-                names[start : start + len(part)] = [name] * len(part)
+            whole = None if part is None else layers.owner(part)
+            if part is None or whole is None:
+                continue
+            names = rows.setdefault(whole, [name] * len(layers.model.get_parameter(whole)))
+            found = layers.rows(part)
+            if found is not None and found[1] is not None:
+                names[found[1] : found[1] + len(part)] = [name] * len(part)
     return rows
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from initializers._layers import Layers
-from initializers._model import InitializationError, outputs_of, without_dropout, without_memory
+from initializers._layers import Layers, forward
+from initializers._model import InitializationError, without_dropout, without_memory
 
 IMAGES = 32  # on which the function must not change
 IMAGES_AT_A_TIME = 16
@@ -19,13 +19,14 @@ class Function:
     """
 
     def __init__(self, layers: Layers, inputs: tuple[Tensor, ...]) -> None:
-        self.model, self.names, self.inputs = layers.model, layers.names, some(inputs, IMAGES)
+        self.layers = Layers(layers.model, layers.names, layers.trainable)  # which notes no dropout that is off here
+        self.inputs = some(inputs, IMAGES)
         self.outputs = self._compute([])
 
     @property
     def tolerance(self) -> float:
         """Relative change that may be rounding."""
-        return max(EXACT, 16 * torch.finfo(next(self.model.parameters()).dtype).eps)
+        return max(EXACT, 16 * torch.finfo(self.outputs.dtype).eps)
 
     def change(self, factors: list[float]) -> float:
         """How much the outputs have changed since, in norm relative to what they were.
@@ -49,11 +50,10 @@ class Function:
         """All outputs, each divided by its factor, in one row per image."""
         torch.manual_seed(0)  # for models that draw random numbers even in evaluation mode
         rows = []
-        with without_dropout(self.model):
+        with without_dropout(self.layers.model):
             for batch in zip(*(x.split(IMAGES_AT_A_TIME) for x in self.inputs), strict=True):
-                copies = tuple(x.clone() for x in batch)  # which a model may change in place
-                with without_memory(self.model):
-                    outputs = outputs_of(self.model, copies, self.names)
+                with without_memory(self.layers.model):
+                    outputs = forward(self.layers, batch, lambda call, x, compute: compute())
                 each = zip(outputs, factors or [1.0] * len(outputs), strict=True)
                 rows.append(torch.cat([output.reshape(len(output), -1) / factor for output, factor in each], 1))
         return torch.cat(rows)

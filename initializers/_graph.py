@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from initializers._layers import AffineMode, Call, Layer, Layers, dropout_of, input_of, memory, overlap
+from initializers._layers import RANDOM, AffineMode, Call, Layer, Layers, dropout_of, input_of, memory, overlap
 from initializers._model import (
     InitializationError,
     dropouts,
     forked_random,
     outputs_of,
+    scripted,
     tensors_of,
     without_dropout,
     without_memory,
@@ -147,10 +148,7 @@ class Graph:
         found: dict[str, str] = {}
         for operation in self.operations:
             if operation.call is None:
-                results = {self.storages[index] for index in operation.outputs}  # of a view: the parameter's own
-                tensors = [self.constants[index] for index in operation.inputs if index in self.constants]
-                if not self.layers.is_scaling(operation.func, tuple(tensors)):
-                    used += [(tensor, operation.name) for tensor in tensors if memory(tensor) not in results]
+                used += [(tensor, operation.name) for tensor in self._used(operation)]
             else:
                 weight = operation.call.layer.weight
                 name = next((name for tensor, name in used if overlap(tensor, weight)), None)
@@ -158,12 +156,26 @@ class Graph:
                     found.setdefault(operation.call.layer.name, name)
         return found
 
+    def _used(self, operation: Operation) -> list[Tensor]:
+        """What an operation that is no layer computes with and what does not depend on the images; no views of it."""
+        results = {self.storages[index] for index in operation.outputs}  # of a view: the parameter's own
+        tensors = [self.fixed[index] for index in operation.inputs if index in self.fixed]
+        scales = self.layers.is_scaling(operation.func, tuple(tensors))
+        return [] if scales else [tensor for tensor in tensors if memory(tensor) not in results]
+
+    def other_use(self, tensor: Tensor) -> str | None:
+        """Name of the first function that computes with a parameter, or with a view of it, other than as a layer."""
+        for operation in self.operations:
+            if operation.call is None and any(overlap(used, tensor) for used in self._used(operation)):
+                return operation.name
+        return None
+
     def run(self, inputs: tuple[Tensor, ...], batch: int, visit: Visit) -> None:
         """Run the graph on all images, batch by batch between one affine layer and the next.
 
         Every value is computed once and kept until its last use, so that what is held is what the network needs at
-        one point, of all images, and the rest of one batch. Behind dropout a layer with few samples sees each image
-        under several masks, as its variance would else be that of the masks which happened to be drawn.
+        one point, of all images, and the rest of one batch. Behind dropout and other random draws a layer with few
+        samples sees each image several times, as its variance would else be that of what happened to be drawn.
 
         Args:
             visit: as in `sweep`.
@@ -179,7 +191,7 @@ class Graph:
             if call is None or call.layer.name in seen:
                 continue
             seen.add(call.layer.name)
-            if any(map(_drops, self.operations[start:position])):
+            if any(map(_is_random, self.operations[start:position])):
                 masks = self._masks(operation, call.layer, sum(one.size for one in batches))
                 batches = [one.copy() for one in batches for _ in range(masks)]
             for one in batches:
@@ -220,7 +232,10 @@ class _Batch:
 
 def _entering(operation: Operation, batches: list[_Batch]) -> list[Tensor]:
     """What comes to an affine layer."""
-    return [resolve(input_of(operation.args, operation.kwargs), batch.values, batch.size) for batch in batches]
+    return [
+        resolve(input_of(operation.name, operation.args, operation.kwargs), batch.values, batch.size)
+        for batch in batches
+    ]
 
 
 def _compute(position: int, batches: list[_Batch]) -> list[Tensor]:
@@ -289,7 +304,7 @@ def _check_alike(one: Graph, other: Graph) -> None:
 def _rows(graph: Graph) -> list[int]:
     """Rows of the inputs of all affine layers."""
     calls = [operation for operation in graph.operations if operation.call is not None]
-    return [graph.shapes[input_of(call.args, call.kwargs).index][0] for call in calls]
+    return [graph.shapes[input_of(call.name, call.args, call.kwargs).index][0] for call in calls]
 
 
 def record_once(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
@@ -316,6 +331,8 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Grap
     hooks = [norm.register_forward_pre_hook(recorder.enter) for norm in norms]
     hooks += [m.register_forward_pre_hook(recorder.drops) for m in dropouts(layers.model).values()]
     hooks += [norm.register_forward_hook(recorder.leave, always_call=True) for norm in norms]
+    if any(scripted(layers.model)):  # which take no other hooks
+        hooks.append(nn.modules.module.register_module_forward_hook(recorder.scripted))
     try:
         with torch.no_grad(), without_memory(layers.model), recorder:
             outputs = outputs_of(layers.model, inputs, layers.names)
@@ -346,6 +363,11 @@ class _Recorder(AffineMode):
     def drops(self, module: nn.Module, _) -> None:
         self.graph.dropouts.add(module)
 
+    def scripted(self, module: nn.Module, args: tuple, output) -> None:
+        """A scripted module, of which nothing inside can be seen, is one operation."""
+        if isinstance(module, torch.jit.ScriptModule):
+            self.add("a scripted module", module, args, {}, None, output)
+
     def new(self, tensor: Tensor, varying: bool) -> int:
         index = len(self.kept)
         self.kept.append(tensor)
@@ -366,14 +388,20 @@ class _Recorder(AffineMode):
         name = func.__name__
         if name == "__iter__":
             return iter(self.operation(Tensor.unbind, args, kwargs, None))
-        if name == "__get__":
-            name = func.__self__.__name__
+        output = func(*args, **kwargs)
+        if name == "__get__":  # what a property gives
+            return (
+                output if not tensors_of(output) else self.add(func.__self__.__name__, func, args, kwargs, call, output)
+            )
+        return self.add(name, func, args, kwargs, call, output)
+
+    def add(self, name: str, func: Any, args: tuple, kwargs: dict, call: Call | None, output: Any):
+        """Note an operation that gave an output."""
         args_of, kwargs_of = map_tree(
             (args, kwargs), lambda leaf: Ref(self.value(leaf)) if isinstance(leaf, Tensor) else leaf
         )
         step = Operation(name, func, args_of, kwargs_of, [], call, self.modules[-1] if self.modules else None)
         varying = call is not None or any(index in self.graph.varying for index in step.inputs)
-        output = func(*args, **kwargs)
         tensors = tensors_of(output)
         if name == "__setitem__":
             changed = step.inputs[:1]
@@ -382,7 +410,7 @@ class _Recorder(AffineMode):
             pairs = zip(tensors, known, strict=True)
             changed = step.outputs = [self.new(tensor, varying) if i is None else i for tensor, i in pairs]
             self.graph.shapes.update((i, tensor.shape) for i, tensor in zip(changed, tensors, strict=True))  # resized
-        elif output is None or not varying or func.__name__ in _METADATA:
+        elif output is None or not varying or name in _METADATA:
             return output
         else:
             raise UngraphableError(f"what {name} gives decides what the model does next, or leaves torch")
@@ -393,10 +421,10 @@ class _Recorder(AffineMode):
         return output
 
 
-def _drops(operation: Operation) -> bool:
-    """Whether it is active dropout."""
+def _is_random(operation: Operation) -> bool:
+    """Whether it is active dropout, or draws random numbers."""
     probability, active = dropout_of(operation.name, operation.args, operation.kwargs)
-    return probability > 0 and active
+    return (probability > 0 and active) or operation.name in RANDOM
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:

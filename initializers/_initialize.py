@@ -11,8 +11,8 @@ from initializers._auxiliary import insert_auxiliary
 from initializers._between import equalise_between
 from initializers._filters import Filters
 from initializers._inputs import as_inputs
-from initializers._layers import Layers
-from initializers._model import InitializationError, constants, unchanged_on_error, unwrapped
+from initializers._layers import Layers, memory
+from initializers._model import InitializationError, constants, scripted, unchanged_on_error, unwrapped
 from initializers._propagate import Lrn, Outputs, propagate
 from initializers._report import Report
 from initializers._sweep import Recorded, inactive_dropout, recorded
@@ -162,10 +162,15 @@ def rescale(
 def _describe(layers: Layers, known: Recorded, report: Report) -> None:
     """What was not treated like the rest, and why."""
     seen = {layers.owner(tensor) for layer in layers.found.values() for tensor in (layer.weight, layer.bias)}
-    parameters = layers.model.named_parameters()
-    report.kept = [name for name, p in parameters if p.ndim > 1 and name not in seen and p.requires_grad]
+    sizes = {id(norm.g) for norm in layers.weight_norms.values() if layers.owner(norm.v) in seen}  # of what was set
+    unseen = {memory(parameter) for module in scripted(layers.model) for parameter in module.parameters()}
+    for name, parameter in layers.model.named_parameters():
+        if parameter.ndim > 1 and name not in seen and parameter.requires_grad and id(parameter) not in sizes:
+            use = "a scripted module" if memory(parameter) in unseen else known.other_use(parameter)
+            report.kept[name] = f"used by {use}" if use else "not used" if known.scales is not None else ""
     report.frozen = [name for name, parameter in layers.model.named_parameters() if not parameter.requires_grad]
     report.inactive_dropout = inactive_dropout(layers, known.scales)
+    report.random = sorted(layers.random)
     operations = known.graph.operations if known.graph is not None else []  # of parts of the images all uses count
     uses = Counter(operation.call.layer.name for operation in operations if operation.call)
     for row in report.layers:
@@ -174,3 +179,6 @@ def _describe(layers: Layers, known: Recorded, report: Report) -> None:
             row.add_note("its bias is computed or frozen, so that the mean is as it comes")
         if uses[row.name] > 1:
             row.add_note(f"used {uses[row.name]} times, normalised where it is used first")
+        other = known.other_use(layer.weight)
+        if other is not None and row.name not in known.tied:
+            row.add_note(f"its weights are used by {other} as well, for which they are as they come")

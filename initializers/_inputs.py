@@ -2,11 +2,12 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from initializers._model import InitializationError, forked_random, outputs_of, without_memory
+from initializers._model import InitializationError, forked_random, is_lazy, outputs_of, without_memory
 
 Given = tuple[tuple[Tensor, ...], tuple[str, ...]]  # inputs, and the names by which the model takes the last of them
 
@@ -28,17 +29,20 @@ def as_inputs(model: nn.Module, images) -> Given:
         InitializationError: no images, integers that the model does not take, images without any variance, NaN or Inf
             in images or weights.
     """
-    weight = next(model.parameters(), None)
+    weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     if weight is None:
-        raise InitializationError("the model has no parameters: there is nothing to initialize")
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and not _is_finite(parameter):
-            raise InitializationError(f"parameter {name} holds NaN or Inf; initialize or load it again")
+        kind = " of real numbers" if any(True for _ in model.parameters()) else ""
+        raise InitializationError(f"the model has no parameters{kind}: there is nothing to initialize")
     inputs, names = _tensors(_Arguments(model), images)
     _check(inputs)
     dtypes = [weight.dtype if image.is_floating_point() else image.dtype for image in inputs]
     inputs = tuple(image.detach().to(weight.device, dtype) for image, dtype in zip(inputs, dtypes, strict=True))
     _check_integers(model, inputs, names)
+    if any(map(is_lazy, model.parameters())):
+        _run(model, inputs, names)  # which gives them a shape
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not _is_finite(parameter):
+            raise InitializationError(f"parameter {name} holds NaN or Inf; initialize or load it again")
     return inputs, names
 
 
@@ -189,18 +193,25 @@ def _varies(image: Tensor) -> bool:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite; in one pass, as NaN propagates."""
-    return all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))
+    tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
 @torch.no_grad()
+def _run(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> None:
+    """A forward pass of two images."""
+    with forked_random(inputs[0].device):
+        outputs_of(model, tuple(image[:2].clone() for image in inputs), names)
+
+
 def _check_integers(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> None:
     """Raises InitializationError: the model does not take the integers that are among its inputs."""
     found = [image.dtype for image in inputs if not image.is_floating_point()]
     if not found:
         return
     try:
-        with forked_random(inputs[0].device), without_memory(model):
-            outputs_of(model, tuple(image[:2].clone() for image in inputs), names)
+        with nullcontext() if any(map(is_lazy, model.parameters())) else without_memory(model):
+            _run(model, inputs, names)
     except InitializationError as error:
         raise InitializationError(
             f"images are {found[0]}: pass float images, normalised exactly as in training (mean, scale, channels); "

@@ -7,7 +7,8 @@ projection of an attention module and a layer inside another framework's class a
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +16,47 @@ from torch import Tensor, nn
 from torch.nn import grad
 from torch.overrides import TorchFunctionMode
 
-from initializers._model import outputs_of
+from initializers._model import InitializationError, outputs_of, scripted
+from initializers._weight_norm import WeightNorm, computed, weight_norms
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 # Names of the functions and of their arguments in order.
 AFFINE = {
     "linear": ("input", "weight", "bias"),
+    **dict.fromkeys(("matmul", "__matmul__", "mm"), ("input", "weight")),
+    "addmm": ("bias", "input", "weight"),
+    "einsum": ("equation", "input", "weight"),
     **{f"conv{n}d": _CONV for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": _TRANSPOSED for n in (1, 2, 3)},
 }
+RANDOM = {
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial"),
+    *(
+        "normal",
+        "poisson",
+        "rrelu_with_noise",
+        "normal_",
+        "uniform_",
+        "bernoulli_",
+        "exponential_",
+        "cauchy_",
+        "random_",
+    ),
+    *("log_normal_", "geometric_"),
+}
+SCRIPTED = (
+    "no layer of the model can be seen, as it is scripted: initialize it before torch.jit.script or torch.jit.trace"
+)
+MODULE_FUNCTIONS = {"linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))}
 PIECE = 500_000  # values of a large tensor that are worked on at a time: 2 MB, which fit the cache
 # By the number of dimensions of the weight.
 _WEIGHT_GRADIENTS = {3: grad.conv1d_weight, 4: grad.conv2d_weight, 5: grad.conv3d_weight}
 NO_LAYER = "the model has no affine layer (convolution or linear) that runs and is not frozen: there is nothing to do"
+ALL_COMPUTED = (
+    "the model computes the weights of all its layers, as spectral_norm and other parametrizations do: remove these "
+    "(torch.nn.utils.parametrize.remove_parametrizations), initialize, and register them again"
+)
 MODULES = (nn.Linear, nn.modules.conv._ConvNd)
 
 # `multi_head_attention_forward` hands itself to the active mode before anything else; this copy goes straight on, so
@@ -175,6 +203,8 @@ class Layers:
     found: dict[str, Layer] = field(default_factory=dict)  # in order of execution
     per_image: bool | None = None  # whether the rows of all inputs are the images; None where nothing ran yet
     functional_dropout: set[float] = field(default_factory=set)  # probabilities of dropout by functions, inactive
+    random: set[str] = field(default_factory=set)  # names of functions that drew random numbers
+    computed: bool = False  # whether the weight of a use was computed of parameters
 
     @cached_property
     def _parameters(self) -> dict[int, list[tuple[str, Tensor]]]:
@@ -187,6 +217,9 @@ class Layers:
     def _owner(self, tensor: Tensor) -> tuple[str | None, Tensor | None]:
         candidates = self._parameters.get(memory(tensor), ())
         return next((found for found in candidates if overlap(found[1], tensor)), (None, None))
+
+    def _is_buffer(self, tensor: Tensor) -> bool:
+        return any(memory(buffer) == memory(tensor) for buffer in self.model.buffers())
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to a parameter that is frozen, where these are left alone."""
@@ -203,9 +236,27 @@ class Layers:
         """Name of the parameter that `tensor` is, or of which it is a view."""
         return None if tensor is None else self._owner(tensor)[0]
 
+    @cached_property
+    def weight_norms(self) -> dict[int, WeightNorm]:
+        """By the id of the direction v."""
+        return {id(norm.v): norm for norm in weight_norms(self.model)}
+
+    def unscalable(self, layer: Layer) -> str:
+        """Why an `AuxiliaryScaling` cannot be inserted for a layer; empty where it can."""
+        _, parameter = self._owner(layer.weight)
+        if id(parameter) in self.weight_norms:
+            return "weight_norm has a scale of its own"
+        modules = [m for m in self.model.modules() if any(other is parameter for other in m.parameters(False))]
+        return "its weight belongs to several modules" if len(modules) > 1 else ""
+
+    @property
+    def no_layer(self) -> str:
+        """Why there is no layer."""
+        return SCRIPTED if any(scripted(self.model)) else ALL_COMPUTED if self.computed else NO_LAYER
+
     def is_scaling(self, func: Callable, args: tuple) -> bool:
         """Whether this is the product that `AuxiliaryScaling` computes, of a parameter and its factor."""
-        return func.__name__ == "mul" and len(args) == 2 and id(args[1]) in self._factors
+        return getattr(func, "__name__", "") == "mul" and len(args) == 2 and id(args[1]) in self._factors
 
     def call(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Call | None:
         """The use of an affine layer that this call of a torch function is; None if it is none.
@@ -213,14 +264,14 @@ class Layers:
         Args:
             sources: by the memory of what an `AuxiliaryScaling` computed: that tensor, its parameter and its factor.
         """
-        names = AFFINE.get(func.__name__)
-        if names is None:
+        given = _arguments(func, args, kwargs)
+        if given is None:
             return None
-        given = dict(zip(names, args, strict=False)) | kwargs
         weight, factor = _source(given["weight"], sources)
         bias, _ = (None, None) if given.get("bias") is None else _source(given["bias"], sources)
         name = self._name(weight)
-        if name is None or self._is_kept(weight):
+        if name is None or self._is_kept(weight) or weight.is_complex():
+            self.computed |= name is None and func.__name__ in MODULE_FUNCTIONS and not self._is_buffer(weight)
             return None
         transposed = func.__name__.startswith("conv_transpose")
         layer = self.found.get(name)
@@ -228,9 +279,12 @@ class Layers:
             fixed = bias if bias is not None and (self.rows(bias) is None or self._is_kept(bias)) else None
             bias = bias if fixed is None else None
             layer = Layer(name, weight, bias, given.get("groups", 1), transposed, factor, fixed)
+            _check_memory(layer)
             self.found[name] = layer
         elif (layer.groups, layer.transposed) != (given.get("groups", 1), transposed):
             return None  # a tied weight, which is a layer only as what it was first
+        elif layer.weight.stride() != weight.stride():
+            return None  # turned
         elif bias is not None and (layer.bias is None or not overlap(bias, layer.bias)) and layer.fixed_bias is None:
             return None
         if layer.linear:
@@ -257,10 +311,11 @@ class Layers:
         return name, int(tensor.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
 
     def _name(self, weight: Tensor) -> str | None:
-        found = self.rows(weight)
+        found = self.rows(weight) or (self.rows(weight.t()) if weight.ndim == 2 else None)
         if found is None:
             return None
-        name, first = layer_name(found[0]), found[1]
+        norm = self.weight_norms.get(id(self._owner(weight)[1]))
+        name, first = layer_name(found[0] if norm is None else norm.name), found[1]
         return name if first is None else f"{name}[{first}:{first + len(weight)}]"
 
 
@@ -317,12 +372,17 @@ class AffineMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        weight = computed(self.layers.weight_norms, func, args)
+        if weight is not None:
+            return weight
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
         probability, active = dropout_of(func.__name__, args, kwargs)
         if probability and not active:
             self.layers.functional_dropout.add(probability)
+        if func.__name__ in RANDOM:
+            self.layers.random.add(func.__name__.removesuffix("_"))
         call = self.layers.call(func, args, kwargs, self.sources)
         output = self.operation(func, args, kwargs, call)
         if self.layers.is_scaling(func, args):
@@ -342,7 +402,7 @@ class _Visitor(AffineMode):
     def operation(self, func: Callable, args: tuple, kwargs: dict, call: Call | None):
         if call is None:
             return func(*args, **kwargs)
-        return self.visit(call, input_of(args, kwargs), lambda: func(*args, **kwargs))
+        return self.visit(call, input_of(func.__name__, args, kwargs), lambda: func(*args, **kwargs))
 
 
 def forward(
@@ -365,9 +425,67 @@ def dropout_of(name: str, args: tuple, kwargs: dict) -> tuple[float, bool]:
     return given.get("p", 0.5), bool(given.get("training", given.get("train", True)))
 
 
-def input_of(args: tuple, kwargs: dict):
+def input_of(name: str, args: tuple, kwargs: dict):
     """The input among the arguments of an affine function."""
-    return args[0] if args else kwargs["input"]
+    if name == "einsum":
+        found = _linear_einsum(args[0])
+        return _operands(args)[0 if found is None else found[0]]
+    given = dict(zip(AFFINE[name], args, strict=False)) | kwargs
+    return next(given[key] for key in ("input", "mat1") if key in given)
+
+
+def _arguments(func: Callable, args: tuple, kwargs: dict) -> dict[str, Any] | None:
+    """The arguments of an affine function by name, its weight with outputs first; None for another function."""
+    names = AFFINE.get(func.__name__)
+    if names is None:
+        return None
+    if func.__name__ == "einsum":
+        found = _linear_einsum(args[0])
+        if found is None:
+            return None
+        operands = _operands(args)
+        weight = operands[1 - found[0]].detach()
+        return {"input": operands[found[0]], "weight": weight if found[1] else weight.t()}
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if func.__name__ in MODULE_FUNCTIONS:
+        return given
+    weight = next((given[key] for key in ("weight", "other", "mat2") if key in given), None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or {"beta", "alpha", "out"} & given.keys():
+        return None
+    return given | {"weight": weight.detach().t()}
+
+
+def _operands(args: tuple) -> tuple:
+    return tuple(args[1]) if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+
+
+@cache
+def _linear_einsum(equation: Any) -> tuple[int, bool] | None:
+    """Where an equation is a linear map of the last dimension of x by a matrix: which of two operands x is, and
+    whether the outputs are the rows of the matrix."""
+    if not isinstance(equation, str) or equation.count(",") != 1 or "->" not in equation:
+        return None
+    operands, result = equation.replace(" ", "").split("->")
+    first, second = operands.split(",")
+    for number, (x, matrix) in enumerate(((first, second), (second, first))):
+        outputs = matrix.replace(x[-1:], "", 1)
+        if len(matrix) == 2 and len(outputs) == 1 and outputs not in x and result == x[:-1] + outputs:
+            return number, matrix[0] == outputs
+    return None
+
+
+def _check_memory(layer: Layer) -> None:
+    """Raises InitializationError: the weight shares memory with itself, or is cut out of a larger tensor."""
+    shared = any(step == 0 and size > 1 for step, size in zip(layer.weight.stride(), layer.weight.shape, strict=True))
+    try:
+        layer.as_blocks(layer.weight)
+    except RuntimeError:
+        shared = True
+    if shared:
+        raise InitializationError(
+            f"layer {layer.name}: its weight is expanded or cut out of a larger tensor, so that it cannot be set; give "
+            "it memory of its own (nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format)))"
+        )
 
 
 def channel_statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:

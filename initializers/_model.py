@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+
+from initializers._weight_norm import unnormalised
 
 CONSTANTS = ("eps", "alpha")  # of normalisation modules: the between-layer step may scale them
 ARITHMETIC = (  # of a GPU
@@ -52,8 +55,7 @@ def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
 @contextmanager
 def _unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     for name, parameter in model.named_parameters():
-        if parameter.is_inference():  # torch lets nobody change it
-            raise InitializationError(f"parameter {name} was made in inference mode: make the model outside of it")
+        _check_parameter(name, parameter)
     training = [(module, module.training) for module in model.modules()]
     restore = snapshot(model)
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
@@ -64,7 +66,7 @@ def _unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     try:
         for backend, name, value in ARITHMETIC:
             setattr(backend, name, value)
-        with _plain_modes(model), torch.random.fork_rng(devices=list(devices)):
+        with _plain_modes(model), torch.random.fork_rng(devices=list(devices)), unnormalised(model):
             torch.manual_seed(seed)  # of dropout, and of models that draw random numbers even in evaluation mode
             yield
     except BaseException:
@@ -75,6 +77,28 @@ def _unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
             module.training = flag
         for backend, name, value in arithmetic:
             setattr(backend, name, value)
+
+
+def _check_parameter(name: str, parameter: Tensor) -> None:
+    """Raises InitializationError: a parameter that cannot be set."""
+    if is_lazy(parameter):
+        return
+    if parameter.is_inference():  # torch lets nobody change it
+        raise InitializationError(f"parameter {name} was made in inference mode: make the model outside of it")
+    if parameter.is_meta:
+        raise InitializationError(f"parameter {name} is on the meta device: give the model memory (to_empty) first")
+    if parameter.layout != torch.strided:
+        raise InitializationError(f"parameter {name} is {parameter.layout}: make it dense (to_dense)")
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same."""
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether it has no shape until its module has seen an input."""
+    return nn.parameter.is_lazy(tensor)
 
 
 @contextmanager
@@ -94,9 +118,39 @@ def _plain_modes(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type == "meta" and tensors:
             stack.enter_context(tensors[0].device)
+        stack.enter_context(_no_checkpoints())
+        stack.enter_context(_no_validation())
         if "torch._dynamo" in sys.modules:  # which is slow to import, and nothing is compiled without it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+@contextmanager
+def _no_checkpoints() -> Iterator[None]:
+    """Reentrant checkpoints run what they hold: their gradient cannot be taken for a part of the graph."""
+    function = torch.utils.checkpoint.CheckpointFunction
+    function.apply = staticmethod(lambda run, _, *args: run(*args))
+    try:
+        yield
+    finally:
+        del function.apply
+
+
+@contextmanager
+def _no_validation() -> Iterator[None]:
+    """Distributions do not look whether their parameters are valid, by which values would decide what happens next."""
+    distribution = torch.distributions.Distribution
+    before = distribution._validate_args
+    distribution._validate_args = False
+    try:
+        yield
+    finally:
+        distribution._validate_args = before
+
+
+def scripted(model: nn.Module) -> Iterator[nn.Module]:
+    """Scripted and traced modules, of which nothing inside can be seen."""
+    return (module for module in model.modules() if isinstance(module, torch.jit.ScriptModule))
 
 
 def dropouts(model: nn.Module) -> dict[str, nn.modules.dropout._DropoutNd]:
@@ -146,15 +200,45 @@ def constants(model: nn.Module) -> dict[str, float]:
 def snapshot(model: nn.Module) -> Callable[[], None]:
     """A function that gives parameters, buffers and constants of normalisations the values they have now."""
     constants = [(m, name, getattr(m, name)) for m in model.modules() for name in CONSTANTS if hasattr(m, name)]
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
+    lazy = _lazy_state(model)
     saved = [tensor.detach().clone() for tensor in tensors]
 
     @torch.no_grad()
     def restore() -> None:
         for tensor, value in zip(tensors, saved, strict=True):
-            tensor.copy_(value)
+            if not same_bits(tensor, value):  # which may share memory with itself, so that nobody can set it
+                tensor.copy_(value)
         for module, name, value in constants:
             setattr(module, name, value)
+        lazy()
+
+    return restore
+
+
+def _lazy_state(model: nn.Module) -> Callable[[], None]:
+    """A function that makes modules lazy again which are so now and have seen their first input since."""
+    modules = [
+        m for m in model.modules() if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params()
+    ]
+    kinds = [(module, type(module)) for module in modules]
+    tensors = [
+        (t, type(t), t.dtype, t.device)
+        for m in modules
+        for t in (*m.parameters(False), *m.buffers(False))
+        if is_lazy(t)
+    ]
+    containers, _ = _held([vars(module) for module in modules])
+    before = [(held, copy.copy(held)) for held in containers]
+
+    def restore() -> None:
+        for tensor, kind, dtype, device in tensors:
+            tensor.data = torch.empty(0, dtype=dtype, device=device)
+            tensor.__class__ = kind
+        for module, lazy_kind in kinds:
+            module.__class__ = lazy_kind
+        for held, copied in before:
+            _refill(held, copied)
 
     return restore
 
@@ -194,7 +278,12 @@ def _held(roots: list[dict]) -> tuple[list, list[Tensor]]:
         if isinstance(value, dict | list | set | deque):
             containers.append(value)
             waiting += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
+        elif (
+            isinstance(value, Tensor)
+            and not isinstance(value, nn.Parameter)
+            and not is_lazy(value)
+            and not value.is_inference()
+        ):
             tensors.append(value)
     return containers, tensors
 

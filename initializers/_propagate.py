@@ -342,7 +342,7 @@ class _Propagation:
         return []
 
     def _affine(self, operation: Operation, layer: Layer) -> list[Tensor]:
-        labels = self._of(input_of(operation.args, operation.kwargs))
+        labels = self._of(input_of(operation.name, operation.args, operation.kwargs))
         channel = labels.ndim - 1 if layer.linear else labels.ndim - layer.weight.ndim + 1
         vector = self._uniform(labels, [d for d in range(labels.ndim) if d != channel]).flatten().long().clamp_min(0)
         output = self.scales.new() if layer.fixed_bias is None else PINNED

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from initializers._inputs import as_inputs
-from initializers._layers import NO_LAYER, PIECE, Call, Layer, Layers, forward
+from initializers._layers import PIECE, Call, Layer, Layers, forward
 from initializers._model import InitializationError, unchanged_on_error, unwrapped, without_memory
 from initializers._plot import plot_rates
 
@@ -215,7 +215,7 @@ def _with_graph(
     with torch.enable_grad():
         top = forward(layers, inputs, visit)
     if not calls:
-        raise InitializationError(NO_LAYER)
+        raise InitializationError(layers.no_layer)
     return calls, top
 
 
@@ -234,7 +234,7 @@ def _gradients(
     try:
         gradients = torch.autograd.grad(top, outputs, noise, allow_unused=True, retain_graph=keep)
     except RuntimeError as error:
-        message = f"change rates need the gradient of the model's output, which fails: {error}"
+        message = f"change rates need the gradient of the model's output, which fails: {error}; pass between=False"
         raise InitializationError(message) from error
     uses: dict[str, list[tuple[Call, Tensor, Tensor]]] = {}
     for (call, x, _), gradient in zip(calls, gradients, strict=True):

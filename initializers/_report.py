@@ -57,10 +57,13 @@ class Report:
         images: number of images used.
         rate_images: number of them on which the between-layer step measured change rates.
         rounds: times the between-layer step was applied.
-        kept: parameters of two or more dimensions that are no weights of an affine layer which ran: not initialized.
+        kept: parameters of two or more dimensions that are no weights of an affine layer which ran: not initialized;
+            by name, what uses them instead.
         frozen: parameters with `requires_grad=False`, which stay as they are.
         inactive_dropout: what drops at random in training, but did not here: dropout as a function or inside attention,
             stochastic depth. Dropout modules are active.
+        random: names of functions that drew random numbers in evaluation mode, dropout apart: statistics are over the
+            draws.
         lrn: what the between-layer step did about local response normalisation: "exact" scaled the constant, "estimate"
             left at least one and changed the function; None where there is none.
         unsaved: constants of normalisations that the between-layer step scaled and the state dict does not hold.
@@ -76,9 +79,10 @@ class Report:
     images: int
     rate_images: int = 0
     rounds: int = 0
-    kept: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
     inactive_dropout: list[str] = field(default_factory=list)
+    random: list[str] = field(default_factory=list)
     lrn: str | None = None
     unsaved: list[str] = field(default_factory=list)
     powers_of_two: bool = False
@@ -126,6 +130,13 @@ class Report:
                 f"spread of change rates {self.spread_before:.4g} -> {self.spread_after:.4g} in {rounds}; "
                 f"relative change of the output {self.output_change:.1e}"
             )
+        lines += self._about_the_function()
+        lines += [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
+        lines += self._about_the_rest()
+        return "\n".join(lines)
+
+    def _about_the_function(self) -> list[str]:
+        lines = []
         if self.output_scales:
             lines.append(f"outputs multiplied by {', '.join(f'{scale:.3g}' for scale in self.output_scales)}")
         if self.powers_of_two:
@@ -140,15 +151,24 @@ class Report:
         if self.unsaved:
             names = _some(self.unsaved)
             lines.append(f"constants were scaled that the state dict does not hold, keep the module: {names}")
-        lines += [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
+        return lines
+
+    def _about_the_rest(self) -> list[str]:
+        lines = []
         if self.kept:
-            lines.append(f"not initialized: {', '.join(self.kept)}")
+            kept = (f"{name} ({reason})" if reason else name for name, reason in self.kept.items())
+            lines.append(f"not initialized: {', '.join(kept)}")
         if self.frozen:
             lines.append(f"frozen, left as they are: {_some(self.frozen)}")
         if self.inactive_dropout:
             names = ", ".join(self.inactive_dropout)
             lines.append(f"inactive here, though random in training: {names}; dropout modules are active")
-        return "\n".join(lines)
+        if self.random:
+            names = ", ".join(self.random)
+            lines.append(
+                f"random even in evaluation mode ({names}): what comes behind has its statistics over many draws"
+            )
+        return lines
 
 
 def _some(names: list[str]) -> str:

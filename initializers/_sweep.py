@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from initializers._graph import IMAGES_AT_A_TIME, Batches, Graph, UngraphableError, Visit, record, record_once
-from initializers._layers import NO_LAYER, Call, Layer, Layers, forward
+from initializers._layers import Call, Layer, Layers, forward
 from initializers._model import InitializationError, dropouts, other_dropout, without_memory
 
 
@@ -31,6 +31,10 @@ class Recorded:
     def tied(self) -> dict[str, str]:
         """See `Graph.tied`."""
         return {} if self.scales is None else self.scales.tied
+
+    def other_use(self, parameter: Tensor) -> str | None:
+        """See `Graph.other_use`."""
+        return None if self.scales is None else self.scales.other_use(parameter)
 
 
 def recorded(layers: Layers, inputs: tuple[Tensor, ...]) -> Recorded:
@@ -86,7 +90,7 @@ def sweep(layers: Layers, inputs: tuple[Tensor, ...], known: Recorded, visit: Vi
         else:
             forward(layers, inputs, first_use)
     if not seen:
-        raise InitializationError(NO_LAYER)
+        raise InitializationError(layers.no_layer)
 
 
 def _in_parts(layers: Layers, inputs: tuple[Tensor, ...]) -> list[Call]:

@@ -764,7 +764,6 @@ class Tied(nn.Module):
 USES = {
     "embedding": lambda m, x: m.embed(x),
     "rows": lambda m, x: m.embed.weight[x],
-    "one-hot": lambda m, x: nn.functional.one_hot(x, 50).float() @ m.embed.weight,
 }
 
 

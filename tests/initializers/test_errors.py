@@ -19,7 +19,7 @@ from initializers import (
     torch_default,
     xavier,
 )
-from initializers._layers import NO_LAYER, channel_statistics
+from initializers._layers import ALL_COMPUTED, NO_LAYER, channel_statistics
 
 WITH_IMAGES = (initialize, rescale, change_rate, lsuv)
 WITHOUT_IMAGES = (caffe, gaussian, msra, torch_default, xavier)
@@ -140,14 +140,27 @@ class Computed(nn.Module):
         return nn.functional.linear(x.mean((2, 3)), self.logits.softmax(1))
 
 
+class Fixed(nn.Module):
+    """Its weight is a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.register_buffer("directions", torch.randn(5, 3))
+
+    def forward(self, x):
+        return nn.functional.linear(self.norm(x).mean((2, 3)), self.directions)
+
+
 @pytest.mark.parametrize("call", WITH_IMAGES)
 def test_nothing_to_initialize(call, images):
     check("the model has no parameters: there is nothing to init", call, nn.Sequential(nn.ReLU(), nn.Flatten()), images)
     unused = nn.Sequential(nn.BatchNorm2d(3))
     unused.hidden = nn.ModuleList([nn.Linear(3, 3)])
     unused.forward = lambda x: unused[0](x)
-    for model in (nn.Sequential(nn.BatchNorm2d(3)), unused, Computed()):
+    for model in (nn.Sequential(nn.BatchNorm2d(3)), unused, Fixed()):
         check(re.escape(NO_LAYER), call, model, images)
+    check(re.escape(ALL_COMPUTED), call, Computed(), images)
 
 
 @pytest.mark.parametrize("call", WITHOUT_IMAGES)

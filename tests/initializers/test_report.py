@@ -93,7 +93,7 @@ class Particular(nn.Module):
         self.embed = nn.Conv2d(3, 6, 1)
         self.up = nn.ConvTranspose2d(6, 6, 2)
         self.twice = nn.Linear(6, 6)
-        self.computed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.computed = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
         self.shift = nn.Parameter(torch.zeros(6))
         self.matrix = nn.Parameter(torch.randn(6, 6))
         self.unused = nn.Linear(6, 4)
@@ -125,12 +125,12 @@ def test_what_was_treated_in_another_way(between, images):
     for row in rows.values():
         assert row.std_after == pytest.approx(1, abs=1e-4)
     weights = ["weight_ih_l0", "weight_hh_l0"]
-    computed = [f"computed.parametrizations.weight.original{i}" for i in (0, 1)]
-    assert report.kept == [*computed, "unused.weight", *(f"recurrent.{name}" for name in weights)]
+    kept = {"computed.parametrizations.weight.original": "used by mv", "unused.weight": "not used"}
+    assert report.kept == kept | {f"recurrent.{name}": "used by gru" for name in weights}
     lines = str(report).splitlines()
     assert lines[-4:] == [
         *(f"{name}: {row.note}" for name, row in rows.items() if row.note),
-        f"not initialized: {', '.join(report.kept)}",
+        f"not initialized: {', '.join(f'{name} ({reason})' for name, reason in report.kept.items())}",
     ]
 
 
@@ -139,7 +139,7 @@ def test_kept_parameters_with_auxiliary_scalings(model, images):
     model.table = nn.Parameter(torch.zeros(3, 3))
     for _ in range(2):
         report = initialize(model, images, nonhomogeneous="scale")
-        assert report.kept == ["table"]
+        assert report.kept == {"table": "not used"}
         assert [row.name for row in report.layers] == ["1", "3", "5"]
         assert report.spread_after == pytest.approx(1, rel=1e-3)
         assert report.output_change < 1e-5
@@ -183,7 +183,7 @@ def test_the_lines_after_the_table():
         "spread of change rates 4 -> 3 in 3 rounds on 12 images; relative change of the output 1.2e-03",
         "1: one thing; another",
     ]
-    report.powers_of_two, report.lrn, report.kept = True, "exact", ["table", "rnn.weight"]
+    report.powers_of_two, report.lrn, report.kept = True, "exact", {"table": "not used", "rnn.weight": ""}
     report.unsaved, report.inactive_dropout = ["a.eps", "b.eps", "c.eps", "d.eps"], ["attention"]
     assert str(report).splitlines()[6:] == [
         "scales rounded to powers of two, as the network amplifies rounding: deep ones may, in another pass, "
@@ -191,7 +191,7 @@ def test_the_lines_after_the_table():
         "the constant of local response normalisation is scaled, so that the function stays",
         "constants were scaled that the state dict does not hold, keep the module: a.eps, b.eps, c.eps and 1 more",
         "1: one thing; another",
-        "not initialized: table, rnn.weight",
+        "not initialized: table (not used), rnn.weight",
         "inactive here, though random in training: attention; dropout modules are active",
     ]
 
@@ -200,7 +200,7 @@ def test_it_can_be_written_as_json(model, images):
     model.table = nn.Parameter(torch.zeros(3, 3))
     report = initialize(model, images, "pca")
     plain = json.loads(json.dumps(report.to_dict()))
-    assert (plain["kept"], plain["lrn"], plain["powers_of_two"]) == (["table"], None, False)
+    assert (plain["kept"], plain["lrn"], plain["powers_of_two"]) == ({"table": "not used"}, None, False)
     assert plain["spread_before"] == report.spread_before > plain["spread_after"]
     assert [row["shape"] for row in plain["layers"]] == [list(row.shape) for row in report.layers]
     assert [row["note"] for row in plain["layers"]] == [row.note for row in report.layers]

@@ -18,6 +18,7 @@ from initializers._layers import Layers
 from initializers._propagate import propagate
 from initializers._rates import usable_rates
 from initializers._scales import Norm, _scale_norm
+from initializers._weight_norm import unnormalised
 
 
 class Parts(nn.Module):
@@ -86,10 +87,11 @@ def free(model, inputs, lrn="estimate"):
 @torch.no_grad()
 def apply_any(model, inputs, lrn="estimate", seed=0):
     """Change all scales that can be chosen, at random."""
-    scales = scales_of(model, inputs, lrn)
-    basis = scales.basis()
-    generator = torch.Generator().manual_seed(seed)
-    scales.apply(basis @ torch.randn(basis.shape[1], dtype=torch.float64, generator=generator))
+    with unnormalised(model):
+        scales = scales_of(model, inputs, lrn)
+        basis = scales.basis()
+        generator = torch.Generator().manual_seed(seed)
+        scales.apply(basis @ torch.randn(basis.shape[1], dtype=torch.float64, generator=generator))
 
 
 @torch.no_grad()
@@ -416,7 +418,7 @@ NETWORKS = {
         lambda m, x: F.linear(F.linear(pooled(x), m.square[:2]), m.part[1:3].T.mT), 3,
         {"part": lambda: nn.Parameter(torch.ones(4, 2))}),
     "weight_norm": (
-        lambda m, x: m.part(F.relu(x)), 0, {"part": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))}),
+        lambda m, x: m.part(F.relu(x)), 2, {"part": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))}),
     "spectral_norm": (
         lambda m, x: m.a(m.part(x)), 1,
         {"part": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1, bias=False))}),
@@ -679,7 +681,7 @@ def test_weight_norm_of_the_old_kind():
             warnings.simplefilter("ignore")
             return build(lambda m, x: m.part(m.a(x)), part=lambda: nn.utils.weight_norm(nn.Conv2d(4, 4, 1)))
 
-    check(make, 1)
+    check(make, 3)
 
 
 def rates_of(model, images):
