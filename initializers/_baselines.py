@@ -106,7 +106,15 @@ def torch_default(model: nn.Module, *, seed: int = 0) -> None:
                 module._reset_parameters()
 
 
-def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, max_iterations: int = 21) -> Report:
+def lsuv(
+    model: nn.Module,
+    images,
+    *,
+    seed: int = 0,
+    tolerance: float = 0.02,
+    max_iterations: int = 21,
+    training: bool = False,
+) -> Report:
     """Layer-sequential unit variance (Mishkin & Matas, 2016): orthonormal weights, then unit variance layer by layer.
 
     W /= sqrt(var) while |1 - var| > tolerance, at most `max_iterations` times, where var is the variance of the whole
@@ -114,7 +122,7 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
     computed again after a division.
 
     Args:
-        model, images, seed: as in `initialize`.
+        model, images, seed, training: as in `initialize`.
         tolerance, max_iterations: as in the authors' tool (ducha-aiki/LSUVinit).
 
     Returns:
@@ -125,7 +133,7 @@ def lsuv(model: nn.Module, images, *, seed: int = 0, tolerance: float = 0.02, ma
     """
     start = time.perf_counter()
     model = unwrapped(model)
-    with unchanged_on_error(model, seed):
+    with unchanged_on_error(model, seed, training):
         inputs, names = as_inputs(model, images)
         layers = Layers(model, names, trainable=True)
         generator = torch.Generator(inputs[0].device).manual_seed(seed)

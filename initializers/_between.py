@@ -78,4 +78,5 @@ def equalise_between(
         last = rates()
     report.output_change, report.output_scales = change, scales.of_outputs(total)
     report.lrn = "estimate" if scales.through_lrn else "exact" if scales.lrns else None
+    report.held_by = sorted(scales.pinned_by)
     report.add_rates(first, last, scales.factors(total, lrn.log_factors))

@@ -5,6 +5,7 @@ runs twice, on two images and on three, so that whatever number grows with the b
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from initializers._layers import RANDOM, AffineMode, Call, Layer, Layers, dropout_of, input_of, memory, overlap
+from initializers._layers import RANDOM, AffineMode, Call, Layers, dropout_of, input_of, memory, overlap
 from initializers._model import (
     InitializationError,
     dropouts,
@@ -191,18 +192,24 @@ class Graph:
             if call is None or call.layer.name in seen:
                 continue
             seen.add(call.layer.name)
-            if any(map(_is_random, self.operations[start:position])):
-                masks = self._masks(operation, call.layer, sum(one.size for one in batches))
+            draws = [earlier for earlier in self.operations[start:position] if _is_random(earlier)]
+            if draws:
+                masks = self._masks(operation, draws, sum(one.size for one in batches))
                 batches = [one.copy() for one in batches for _ in range(masks)]
             for one in batches:
                 one.execute(range(start, position))
             visit(call, partial(_entering, operation, batches), partial(_compute, position, batches))
             start = position + 1
 
-    def _masks(self, operation: Operation, layer: Layer, images: int) -> int:
-        """Under how many masks an affine layer behind dropout sees each of so many images."""
-        values = images * self.shapes[operation.outputs[0]].numel() // SIZES[0]
-        return -(-SAMPLES * layer.out_channels // values)
+    def _masks(self, operation: Operation, draws: list[Operation], images: int) -> int:
+        """Under how many masks an affine layer behind dropout, or other random draws, sees each of so many images.
+
+        A draw for an image, such as that of stochastic depth, is one sample, at however many positions the layer is.
+        """
+        assert operation.call is not None
+        positions = self.shapes[operation.outputs[0]].numel() / SIZES[0] / operation.call.layer.out_channels
+        drawn = [math.prod(self.shapes[draw.outputs[0]][2:]) for draw in draws if draw.name in RANDOM]
+        return math.ceil(SAMPLES / images / min([positions, *drawn]))
 
 
 @dataclass

@@ -38,6 +38,7 @@ def initialize(
     lrn: Lrn | None = None,
     outputs: Outputs = "keep",
     rate_images: int = 16,
+    training: bool = False,
 ) -> Report:
     """Initialize every affine layer of `model` from `images` (section 3).
 
@@ -81,6 +82,8 @@ def initialize(
             training: with several outputs the rates can be more equal then.
         rate_images: the between-layer step measures the rates on so many of the images, evenly spread; 16 as in the
             authors' code. More make the rates of other images more equal, at a cost that grows with their number.
+        training: run the model as in training, but for BatchNorm, which keeps its running statistics. So take part what
+            only training runs: auxiliary classifiers, stochastic depth, dropout as a function or inside attention.
 
     Returns:
         A `Report`; print it for a table.
@@ -102,7 +105,7 @@ def initialize(
         raise InitializationError(f"rate_images is {rate_images}: pass at least 1")
     start = time.perf_counter()
     model = unwrapped(model)
-    with unchanged_on_error(model, seed):
+    with unchanged_on_error(model, seed, training):
         inputs, names = as_inputs(model, images)
         layers = Layers(model, names, trainable=True)
         known = recorded(layers, inputs)
@@ -139,6 +142,7 @@ def rescale(
     lrn: Lrn | None = None,
     outputs: Outputs = "keep",
     rate_images: int = 16,
+    training: bool = False,
 ) -> Report:
     """The between-layer step alone, for pre-trained weights: the rates become equal, the function stays (section 4.3).
 
@@ -156,6 +160,7 @@ def rescale(
         lrn=lrn,
         outputs=outputs,
         rate_images=rate_images,
+        training=training,
     )
 
 

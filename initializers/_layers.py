@@ -419,6 +419,11 @@ def forward(
 
 def dropout_of(name: str, args: tuple, kwargs: dict) -> tuple[float, bool]:
     """Probability of a call of a dropout function, 0 where it is another function, and whether it is active."""
+    if name == "scaled_dot_product_attention":
+        probability = (dict(zip(("q", "k", "v", "mask", "dropout_p"), args, strict=False)) | kwargs).get(
+            "dropout_p", 0.0
+        )
+        return probability, True
     if "dropout" not in name:
         return 0.0, False
     given = dict(zip(("input", "p", "train"), args, strict=False)) | kwargs

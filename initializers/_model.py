@@ -40,27 +40,30 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode with dropout inside; afterwards flags and random state are as found, after an error weights too.
+def unchanged_on_error(model: nn.Module, seed: int, training: bool = False) -> Iterator[None]:
+    """A mode to initialize in; afterwards flags and random state are as found, after an error weights too.
 
     Dropout modules are active, as in training and in the authors' code: what is measured is what is trained. Everything
-    else is in evaluation mode: BatchNorm uses its running statistics, which are not updated. On a GPU convolutions and
-    products are deterministic and of full precision: TF32 changes outputs by more than the between-layer step may.
-    Other threads wait.
+    else is in evaluation mode, or with `training` in training mode, but for BatchNorm: it uses its running statistics,
+    which are not updated. On a GPU convolutions and products are deterministic and of full precision: TF32 changes
+    outputs by more than the between-layer step may. Other threads wait.
     """
-    with _ONE_AT_A_TIME, _unchanged_on_error(model, seed):
+    with _ONE_AT_A_TIME, _unchanged_on_error(model, seed, training):
         yield
 
 
 @contextmanager
-def _unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
+def _unchanged_on_error(model: nn.Module, seed: int, training: bool) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         _check_parameter(name, parameter)
-    training = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in model.modules()]
     restore = snapshot(model)
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
     arithmetic = [(backend, name, getattr(backend, name)) for backend, name, _ in ARITHMETIC]
-    model.eval()
+    model.train(training)
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.eval()
     for dropout in dropouts(model).values():
         dropout.train()
     try:
@@ -73,7 +76,7 @@ def _unchanged_on_error(model: nn.Module, seed: int) -> Iterator[None]:
         restore()
         raise
     finally:
-        for module, flag in training:
+        for module, flag in flags:
             module.training = flag
         for backend, name, value in arithmetic:
             setattr(backend, name, value)
@@ -179,7 +182,7 @@ def other_dropout(model: nn.Module) -> list[str]:
     """
     found = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.modules.dropout._DropoutNd):
+        if not isinstance(module, nn.modules.dropout._DropoutNd) and not module.training:
             rates = [key for key, value in vars(module).items() if isinstance(value, float) and value > 0]
             kind = type(module).__name__.lower()
             if any("drop" in key for key in rates) or (rates and ("drop" in kind or "stochasticdepth" in kind)):

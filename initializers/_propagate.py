@@ -208,7 +208,10 @@ class _Propagation:
 
     def _unknown(self, operation: Operation) -> list[Tensor]:
         for index in operation.inputs:
-            self._pin(self._of(Ref(index)))
+            labels = self._of(Ref(index))
+            if (labels > PINNED).any():
+                self.scales.pinned_by.add(_canonical(operation.name).strip("_"))
+            self._pin(labels)
         return [_full(PINNED, self.graph.shapes[index]) for index in operation.outputs]
 
     def _carry(self, operation: Operation) -> list[Tensor] | None:

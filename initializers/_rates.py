@@ -63,7 +63,7 @@ class Rates:
         return plot_rates(self.mean, self.cv, ax, label=label)
 
 
-def change_rate(model: nn.Module, images, *, seed: int = 0) -> Rates:
+def change_rate(model: nn.Module, images, *, seed: int = 0, training: bool = False) -> Rates:
     """Measure the change rates of `model` on `images`.
 
     C²_k,j = E[ mean over (i, kernel) of (d(eta·z_N) / dW_k(i, j))² ] / mean(W_k²), with z_N the output of the model,
@@ -73,6 +73,7 @@ def change_rate(model: nn.Module, images, *, seed: int = 0) -> Rates:
     Args:
         images: as in `initialize`; the paper uses 100 images of the validation set.
         seed: of eta.
+        training: as in `initialize`.
 
     Returns:
         The rates: 0 for a layer that no gradient reaches, infinite where all weights are 0.
@@ -81,7 +82,7 @@ def change_rate(model: nn.Module, images, *, seed: int = 0) -> Rates:
         InitializationError: unusable model or images, or an output that depends on no layer.
     """
     model = unwrapped(model)
-    with unchanged_on_error(model, seed):
+    with unchanged_on_error(model, seed, training):
         inputs, names = as_inputs(model, images)
         return measure(Layers(model, names), inputs, seed).rates
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 from initializers._rates import Measurement
 
+HELD = 2  # spread of rates from which on the report says what holds them
 COLUMNS = ("layer", "shape", "filters", "mean", "std", "mean'", "std'", "rate", "rate'", "scale", "seconds")
 
 
@@ -69,6 +70,7 @@ class Report:
         unsaved: constants of normalisations that the between-layer step scaled and the state dict does not hold.
         powers_of_two: whether the scales were rounded to powers of two, because the network amplifies the rounding of
             its weights so much that its output would have changed otherwise; the rates are then less equal.
+        held_by: names of the operations that are not homogeneous, and hold the scale of what they take and give.
         output_change: relative change of the model's output by the between-layer step, in norm.
         output_scales: what each output of the model was multiplied by, where they were free (`outputs="free"`); the
             change of the output is that beside it.
@@ -86,6 +88,7 @@ class Report:
     lrn: str | None = None
     unsaved: list[str] = field(default_factory=list)
     powers_of_two: bool = False
+    held_by: list[str] = field(default_factory=list)
     output_change: float | None = None
     output_scales: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -137,6 +140,11 @@ class Report:
 
     def _about_the_function(self) -> list[str]:
         lines = []
+        if self.output_change is not None and self.rounds and (self.spread_after or 1) > HELD:
+            parts = f"parts that are not homogeneous ({_some(self.held_by)})" if self.held_by else "shortcuts"
+            lines.append(
+                f'the rates are held apart by {parts}, nonhomogeneous="scale" makes them equal whatever holds them'
+            )
         if self.output_scales:
             lines.append(f"outputs multiplied by {', '.join(f'{scale:.3g}' for scale in self.output_scales)}")
         if self.powers_of_two:

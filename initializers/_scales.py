@@ -63,6 +63,7 @@ class Scales:
         outputs: labels of the outputs of the model, where these are free; their factor scales the gradients that they
             hand down.
         degrees: their local degree of homogeneity by the label that comes out, once measured; 1 until then.
+        pinned_by: names of operations that are not homogeneous, with free scales beside them.
         variables: number of free variables.
         constraints: rows of coefficients whose sums are 0.
     """
@@ -75,6 +76,7 @@ class Scales:
     through_lrn: dict[int, int] = field(default_factory=dict)
     outputs: list[int] = field(default_factory=list)
     degrees: dict[int, float] = field(default_factory=dict)
+    pinned_by: set[str] = field(default_factory=set)
     variables: int = 0
     constraints: set[tuple[tuple[int, int], ...]] = field(default_factory=set)
 

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 from initializers import InitializationError, change_rate, initialize, lsuv, rescale
@@ -116,3 +117,74 @@ def test_compiled_models_run_as_they_are_written(part, model, images):
     for (name, tensor), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
         assert torch.equal(tensor, other), name
     assert given(images).shape == (40, 5)
+
+
+class Branches(nn.Module):
+    """What only training does: a block that is dropped, dropout as functions, an auxiliary classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.block = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.drop = torchvision.ops.StochasticDepth(0.5, "row")
+        self.attention, self.head = nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True), nn.Linear(8, 5)
+        self.side = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        x = x + self.drop(self.block(x))
+        x = F.dropout(x, 0.4, self.training).flatten(2).mT
+        y = self.head((x + self.attention(x, x, x, need_weights=False)[0]).relu().mean(1))
+        return (y, self.side(x.mean(1))) if self.training else y
+
+
+@pytest.mark.parametrize("call", [initialize, rescale, lsuv])
+def test_training_mode_is_an_option(call):
+    images = torch.randn(64, 3, 10, 10, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(0)
+    model = Branches().eval()
+    statistics = model.norm.running_mean.clone()
+    report = call(model, images)
+    assert "side" not in [row.name for row in report.layers]
+    if call is not rescale:
+        assert {"drop", "attention", "functional dropout, p = 0.4"} <= {*report.inactive_dropout}
+    report = call(model, images, training=True)
+    assert "side" in [row.name for row in report.layers]
+    assert report.inactive_dropout == []
+    assert torch.equal(model.norm.running_mean, statistics)
+    assert not any(module.training for module in model.modules())
+    if call is initialize:
+        assert report.output_change < 1e-5
+        rates = change_rate(model, images, training=True)
+        assert [*rates.mean] == [row.name for row in report.layers]
+        initialize(model, images, between=False, training=True)
+        outputs = []
+        model.head.register_forward_hook(lambda _, x, y: outputs.append(y.detach()))
+        model.train()
+        model.norm.eval()
+        for _ in range(100):
+            model(images)
+        assert torch.cat(outputs).std(0).mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_auxiliary_classifiers_of_torchvision():
+    torch.manual_seed(0)
+    model = torchvision.models.segmentation.fcn_resnet50(
+        aux_loss=True, weights=None, weights_backbone=None, num_classes=4
+    )
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    report = initialize(model, images, "gaussian", training=True)
+    assert "aux_classifier.4" in [row.name for row in report.layers]
+    assert report.output_change < 1e-4
+
+
+def test_the_report_says_what_holds_the_rates():
+    torch.manual_seed(0)
+    images = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.GELU(), nn.Conv2d(64, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(64, 500)
+    )
+    report = initialize(model, images, "gaussian")
+    assert report.spread_after > 2
+    assert report.held_by == ["gelu", "silu"]
+    assert "the rates are held apart by parts that are not homogeneous (gelu, silu), nonhomogeneous=" in str(report)
+    assert "held apart" not in str(initialize(model, images, "gaussian", nonhomogeneous="scale"))

@@ -181,11 +181,12 @@ def test_the_lines_after_the_table():
     assert str(report).splitlines()[4:] == [
         "20 images, 2.3 s",
         "spread of change rates 4 -> 3 in 3 rounds on 12 images; relative change of the output 1.2e-03",
+        'the rates are held apart by shortcuts, nonhomogeneous="scale" makes them equal whatever holds them',
         "1: one thing; another",
     ]
     report.powers_of_two, report.lrn, report.kept = True, "exact", {"table": "not used", "rnn.weight": ""}
     report.unsaved, report.inactive_dropout = ["a.eps", "b.eps", "c.eps", "d.eps"], ["attention"]
-    assert str(report).splitlines()[6:] == [
+    assert str(report).splitlines()[7:] == [
         "scales rounded to powers of two, as the network amplifies rounding: deep ones may, in another pass, "
         "have other statistics than those that were set",
         "the constant of local response normalisation is scaled, so that the function stays",
