@@ -87,7 +87,7 @@ class Operation:
     call: Call | None
     module: nn.Module | None
 
-    @property
+    @cached_property
     def inputs(self) -> list[int]:
         """Values among the arguments."""
         found = []
@@ -149,7 +149,7 @@ class Graph:
         found: dict[str, str] = {}
         for operation in self.operations:
             if operation.call is None:
-                used += [(tensor, operation.name) for tensor in self._used(operation)]
+                used += self._used(operation)
             else:
                 weight = operation.call.layer.weight
                 name = next((name for tensor, name in used if overlap(tensor, weight)), None)
@@ -157,19 +157,29 @@ class Graph:
                     found.setdefault(operation.call.layer.name, name)
         return found
 
-    def _used(self, operation: Operation) -> list[Tensor]:
-        """What an operation that is no layer computes with and what does not depend on the images; no views of it."""
+    def _used(self, operation: Operation) -> list[tuple[Tensor, str]]:
+        """What an operation that is no layer computes with and what does not depend on the images, and its name.
+
+        Not that of which it only gives a view.
+        """
         results = {self.storages[index] for index in operation.outputs}  # of a view: the parameter's own
         tensors = [self.fixed[index] for index in operation.inputs if index in self.fixed]
         scales = self.layers.is_scaling(operation.func, tuple(tensors))
-        return [] if scales else [tensor for tensor in tensors if memory(tensor) not in results]
+        return [] if scales else [(tensor, operation.name) for tensor in tensors if memory(tensor) not in results]
+
+    @cached_property
+    def _other_uses(self) -> dict[int, list[tuple[Tensor, str]]]:
+        """By memory, what is used other than as a layer, and the names of the functions."""
+        found: dict[int, list[tuple[Tensor, str]]] = {}
+        for operation in self.operations:
+            for tensor, name in self._used(operation) if operation.call is None else []:
+                found.setdefault(memory(tensor), []).append((tensor, name))
+        return found
 
     def other_use(self, tensor: Tensor) -> str | None:
         """Name of the first function that computes with a parameter, or with a view of it, other than as a layer."""
-        for operation in self.operations:
-            if operation.call is None and any(overlap(used, tensor) for used in self._used(operation)):
-                return operation.name
-        return None
+        others = self._other_uses.get(memory(tensor), [])
+        return next((name for used, name in others if overlap(used, tensor)), None)
 
     def run(self, inputs: tuple[Tensor, ...], batch: int, visit: Visit) -> None:
         """Run the graph on all images, batch by batch between one affine layer and the next.

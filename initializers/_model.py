@@ -76,6 +76,7 @@ def _unchanged_on_error(model: nn.Module, seed: int, training: bool) -> Iterator
         restore()
         raise
     finally:
+        _values.clear()
         for module, flag in flags:
             module.training = flag
         for backend, name, value in arithmetic:
@@ -255,7 +256,7 @@ def without_memory(model: nn.Module) -> Iterator[None]:
     """
     dicts, tensors = _held([vars(module) for module in model.modules()])
     before = [(held, copy.copy(held)) for held in dicts]
-    values = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
+    values = [(tensor, tensor._version, _value(tensor)) for tensor in tensors]
     try:
         yield
     finally:
@@ -265,6 +266,18 @@ def without_memory(model: nn.Module) -> Iterator[None]:
             if tensor._version != version:
                 with torch.no_grad():
                     tensor.detach_().resize_(value.shape).copy_(value)
+
+
+_values: dict[int, tuple[Tensor, int, Tensor]] = {}  # by id: a tensor, its version, and its value then
+
+
+def _value(tensor: Tensor) -> Tensor:
+    """A copy of a tensor; the same as long as nobody changes it, within one initialization."""
+    _, version, value = _values.get(id(tensor), (tensor, -1, tensor))
+    if version != tensor._version:
+        value = tensor.detach().clone()
+        _values[id(tensor)] = tensor, tensor._version, value
+    return value
 
 
 def _held(roots: list[dict]) -> tuple[list, list[Tensor]]:

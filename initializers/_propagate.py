@@ -43,6 +43,8 @@ _HOMOGENEOUS = {
 _POOLING = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
 _POOLING |= {"interpolate", "upsample", "lp_pool1d", "lp_pool2d"}
 _REDUCING = {"mean", "sum", "amax", "amin"}
+# Powers of what comes in: (of the scale that goes out, of that which comes in), which are equal.
+_POWERS = {"square": (1, 2), "sqrt": (2, 1), "rsqrt": (2, -1), "reciprocal": (1, -1)}
 _ADDING = {"add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin"}
 _MULTIPLYING = {"mul", "multiply", "div", "divide", "true_divide"}
 _NORMALISING = {"layer_norm", "group_norm", "instance_norm", "rms_norm"}
@@ -85,6 +87,8 @@ class _Propagation:
             **dict.fromkeys(_REDUCING, self._reduce),
             **dict.fromkeys(_ADDING, self._add),
             **dict.fromkeys(_MULTIPLYING, self._multiply),
+            **dict.fromkeys(_POWERS, self._power),
+            "normalize": self._normalize,
             **dict.fromkeys(("matmul", "bmm"), self._matmul),
             **dict.fromkeys(_NORMALISING, self._own_statistics),
             **dict.fromkeys(("clamp", "clamp_min"), self._clamp),
@@ -282,18 +286,50 @@ class _Propagation:
     def _multiply(self, operation: Operation) -> list[Tensor] | None:
         one, other = _given(operation, ("input", "other"), ("input", "other"))
         divides = _canonical(operation.name).startswith(("div", "true"))
-        if "rounding_mode" in operation.kwargs or (divides and self._varies(other)):
+        if "rounding_mode" in operation.kwargs:
             return None
         for x, gain in ((one, other), (other, one)):
             parameter = self._parameter(gain)
             if parameter is not None and self._varies(x) and not divides:
                 return self._gain(operation, x, parameter)
-        labels, factor = self._of(one), self._of(other)
-        if not (factor == PINNED).all():
-            labels, factor = factor, labels
-        if not (factor == PINNED).all() and isinstance(one, Ref) and isinstance(other, Ref):
-            return None
-        return [labels.expand(self._shape(operation))]
+        return [self._product(self._of(one), self._of(other), -1 if divides else 1).expand(self._shape(operation))]
+
+    def _product(self, one: Tensor, other: Tensor, power: int = 1) -> Tensor:
+        """Labels of a product, whose scale is the product of scales: of the first and of a power of the second."""
+        one, other = torch.broadcast_tensors(one, other)
+        shape = one.shape
+        for dimension in range(one.ndim):
+            if one.stride(dimension) == other.stride(dimension) == 0 and one.shape[dimension]:
+                one, other = one.narrow(dimension, 0, 1), other.narrow(dimension, 0, 1)
+        pairs, where = torch.stack([one.flatten(), other.flatten()]).unique(dim=1, return_inverse=True)
+        found = [self._of_product(int(a), int(b), power) for a, b in pairs.T.tolist()]
+        return torch.tensor([float(label) for label in found])[where].view(one.shape).expand(shape)
+
+    def _of_product(self, one: int, other: int, power: int) -> int:
+        if ZERO in (one, other):
+            return ZERO
+        if other == PINNED or (one == PINNED and power == 1):
+            return max(one, other)
+        self._pin_through_lrn(torch.tensor([one, other]))
+        output = self.scales.new()
+        self.scales.constrain((output, 1), (one, -1), (other, -power))
+        return output
+
+    def _power(self, operation: Operation) -> list[Tensor]:
+        labels = self._of(operation.args[0])
+        going, coming = _POWERS[_canonical(operation.name)]
+        powers = {ZERO: ZERO, PINNED: PINNED}
+        for label in {*labels.unique().int().tolist()} - {ZERO, PINNED}:
+            self._pin_through_lrn(torch.tensor([label]))
+            powers[label] = self.scales.new()
+            self.scales.constrain((powers[label], going), (label, -coming))
+        return [torch.stack([(labels == label) * powers[label] for label in powers]).sum(0).float()]
+
+    def _normalize(self, operation: Operation) -> list[Tensor]:
+        """Divided by its norm, so that no scale goes out."""
+        labels = self._of(operation.args[0])
+        self._uniform(labels, range(labels.ndim))
+        return [_full(PINNED, self._shape(operation))]
 
     def _gain(self, operation: Operation, x, parameter: Tensor) -> list[Tensor]:
         """A parameter that multiplies a value element by element absorbs one scale and emits another."""
@@ -312,20 +348,21 @@ class _Propagation:
 
     def _matmul(self, operation: Operation) -> list[Tensor] | None:
         one, other = (self._of(leaf) for leaf in operation.args[:2])
-        if (one == PINNED).all() and one.ndim > 1 and other.ndim > 1:
-            return [self._uniform(other, (-2,)).expand(self._shape(operation))]
-        if (other == PINNED).all() and one.ndim > 1 and other.ndim > 1:
-            return [self._uniform(one, (-1,)).expand(self._shape(operation))]
-        return None
+        if min(one.ndim, other.ndim) < 2:
+            return None
+        return [self._product(self._uniform(one, (-1,)), self._uniform(other, (-2,))).expand(self._shape(operation))]
 
     def _attention(self, operation: Operation) -> list[Tensor] | None:
         names = ("query", "key", "value", "attn_mask")
         query, key, value, mask = _given(operation, names, names)
         if self.graph.shapes[value.index][:-2] != self._shape(operation)[:-2]:
             return None
-        for leaf in (query, key, mask):
-            if isinstance(leaf, Ref):
-                self._pin(self._of(leaf))
+        products = [self._of(leaf) for leaf in (query, key)]
+        if products[0].shape[:-2] == products[1].shape[:-2]:  # what one grows by the other may shrink by
+            one, other = (self._uniform(labels, (-2, -1)) for labels in products)
+            products = [self._product(one, other)]
+        for labels in (*products, *([self._of(mask)] if isinstance(mask, Ref) else [])):
+            self._pin(labels)
         return [self._uniform(self._of(value), (-2,)).expand(self._shape(operation))]
 
     def _clamp(self, operation: Operation) -> list[Tensor] | None:

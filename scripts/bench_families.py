@@ -81,7 +81,7 @@ def channel_statistics(model: nn.Module, images: Tensor) -> dict[str, tuple[bool
             pieces = [values[i].double() for i in range(len(values))]
             mean = torch.stack([piece.mean() for piece in pieces])
             std = torch.stack([piece.std(correction=0) for piece in pieces])
-            found[layer.name] = layer.bias is not None and not layer.computed_bias, mean, std
+            found[layer.name] = layer.bias is not None, mean, std
         return output
 
     forward(Layers(model), (images,), visit)

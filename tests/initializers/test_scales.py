@@ -172,6 +172,12 @@ CARRIES = {
     "checkpoint": lambda m, x: torch.utils.checkpoint.checkpoint(F.relu, x, use_reentrant=False),
     "rolled, flipped": lambda m, x: x.roll(1, 1).flip(3)[:, [2, 0, 1]],
     "matrix product": lambda m, x: torch.eye(6, dtype=x.dtype).roll(1, 0) @ x,
+    "square": lambda m, x: x * x,
+    "powers": lambda m, x: (x.abs().sqrt() * x).square() * x.abs().rsqrt().reciprocal(),
+    "quotient": lambda m, x: x * x / F.relu(x).sum((1, 2, 3), keepdim=True),
+    "unit length": lambda m, x: F.normalize(x, dim=1),
+    "gating by a gate that is pinned": lambda m, x: x * torch.sigmoid(F.normalize(x, dim=1)),
+    "a function of its own": lambda m, x: Square.apply(x),
 }
 PINS = {
     "gelu": lambda m, x: F.gelu(x),
@@ -181,7 +187,6 @@ PINS = {
     "shift": lambda m, x: F.relu(x) + 1,
     "constant": lambda m, x: x - torch.ones(4, 1, 1),
     "buffer": lambda m, x: x - m.shift,
-    "square": lambda m, x: x * x,
     "power": lambda m, x: (x**2 + 1).sqrt(),
     "clamp": lambda m, x: F.relu(x).clamp(max=1.0),
     "softmax": lambda m, x: F.softmax(x, 1),
@@ -192,12 +197,10 @@ PINS = {
     "ramp added": lambda m, x: x + torch.arange(6),
     "batch statistics": nn.BatchNorm2d(4, track_running_stats=False, dtype=torch.float64),
     "gating by itself": lambda m, x: x * torch.sigmoid(x),
-    "unit length": lambda m, x: F.normalize(x, dim=1),
     "functional layer norm": lambda m, x: F.layer_norm(x, (6, 6)),
     "vector of constants": lambda m, x: torch.ones(6, dtype=x.dtype) @ x,
     "index of the largest": lambda m, x: x + F.max_pool2d(x, 3, 1, 1, return_indices=True)[1] / 36,
     "lstm": lambda m, x: m.part(tokens(x))[0],
-    "a function of its own": lambda m, x: Square.apply(x),
 }
 
 
@@ -344,7 +347,7 @@ NETWORKS = {
     "layer scale in place": (lambda m, x: m.a(x.mul_(m.gain)), 2),
     "layer scale of concatenation": (
         lambda m, x: m.wide(cat(x, m.a(x)) * m.part), 4, {"part": lambda: nn.Parameter(torch.ones(8, 1, 1))}),
-    "layer scale, viewed": (lambda m, x: m.a(x * m.gain.view(4, 1, 1)), 1),
+    "layer scale, viewed": (lambda m, x: m.a(x * m.gain.view(4, 1, 1)), 3),
     "layer scale twice": (lambda m, x: m.gain * m.a(x * m.gain), 2),
     "layer scale, added too": (lambda m, x: m.a(x) * m.position + m.position, 1),
     "one factor": (lambda m, x: x * m.part, 2, {"part": lambda: nn.Parameter(torch.ones(()))}),
@@ -380,10 +383,10 @@ NETWORKS = {
     "self-attention": (
         lambda m, x: m.part(*[tokens(x)] * 3)[0], 2, {"part": lambda: nn.MultiheadAttention(4, 2)}),
     "cross-attention": (
-        lambda m, x: m.part(tokens(x), *[tokens(m.a(x))] * 2, need_weights=False)[0], 3,
+        lambda m, x: m.part(tokens(x), *[tokens(m.a(x))] * 2, need_weights=False)[0], 4,
         {"part": lambda: nn.MultiheadAttention(4, 2, batch_first=True)}),
     "attention of three": (
-        lambda m, x: m.part(tokens(x), tokens(m.a(x)), tokens(m.b(x)))[0], 5,
+        lambda m, x: m.part(tokens(x), tokens(m.a(x)), tokens(m.b(x)))[0], 6,
         {"part": lambda: nn.MultiheadAttention(4, 2, batch_first=True, kdim=4, vdim=4)}),
     "one attention, two ways": (
         lambda m, x: m.part(*[y := tokens(x)] * 3)[0] + m.part(y, *[tokens(m.a(x))] * 2)[0], 1,
@@ -397,10 +400,16 @@ NETWORKS = {
     "transformer, GELU": (
         lambda m, x: m.part(tokens(x)), 3,
         {"part": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0, batch_first=True, activation="gelu")}),
-    "scaled_dot_product_attention": (attended, 2),
+    "scaled_dot_product_attention": (attended, 3),
     "softmax weights": (lambda m, x: F.softmax(m.a(x), -1) @ m.b(x), 2),
     "softmax weights, from the right": (lambda m, x: torch.matmul(m.b(x), F.softmax(m.a(x), -1)), 2),
-    "product": (lambda m, x: m.a(x) @ m.b(x).mT, 1),
+    "product": (lambda m, x: m.a(x) @ m.b(x).mT, 3),
+    "product of two": (lambda m, x: m.a(x) * m.b(x), 3),
+    "product, added": (lambda m, x: m.a(x) * m.b(x) + x, 2),
+    "product with zeros": (lambda m, x: F.pad(m.a(x), (1, 1)) * F.pad(m.b(x), (1, 1)), 3),
+    "product of channels": (lambda m, x: cat(m.a(x), x) * cat(m.b(x), m.a(x)), 3),
+    "quotient of two": (lambda m, x: m.a(x) / (m.b(x).square().sum((1, 2, 3), keepdim=True)), 3),
+    "linear attention": (lambda m, x: tokens(m.a(x)) @ (tokens(m.b(x)).mT @ tokens(x)), 3),
     "transposed convolution": (
         lambda m, x: m.part(F.relu(x)), 2, {"part": lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, output_padding=1)}),
     "transposed convolution, concatenation": (
