@@ -6,6 +6,7 @@ runs twice, on two images and on three, so that whatever number grows with the b
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from initializers._layers import RANDOM, AffineMode, Call, Layers, dropout_of, input_of, memory, overlap
 from initializers._model import (
@@ -105,7 +107,7 @@ class Graph:
         constants: tensors that were there before the pass: parameters, buffers, attributes.
         fixed: tensors of the values that do not depend on the images, the constants among them.
         shapes: of each value, for `SIZES[0]` images.
-        storages: address of the memory of each value, which views of one tensor share.
+        storages: number of the memory of each value, which views of one tensor share.
         varying: values that depend on the images.
         inputs, outputs: values of the model's inputs and of the tensors it returns.
         dropouts: modules that ran.
@@ -126,8 +128,7 @@ class Graph:
 
     def aliases(self, value: int) -> list[int]:
         """Values that change where this one is changed in place, itself among them."""
-        address = self.storages[value]
-        return [other for other, known in self.storages.items() if known == address] if address else [value]
+        return [other for other, known in self.storages.items() if known == self.storages[value]]
 
     @cached_property
     def dead(self) -> list[list[int]]:
@@ -163,9 +164,10 @@ class Graph:
         Not that of which it only gives a view.
         """
         results = {self.storages[index] for index in operation.outputs}  # of a view: the parameter's own
-        tensors = [self.fixed[index] for index in operation.inputs if index in self.fixed]
-        scales = self.layers.is_scaling(operation.func, tuple(tensors))
-        return [] if scales else [(tensor, operation.name) for tensor in tensors if memory(tensor) not in results]
+        inputs = [index for index in operation.inputs if index in self.fixed]
+        if self.layers.is_scaling(operation.func, tuple(self.fixed[index] for index in inputs)):
+            return []
+        return [(self.fixed[index], operation.name) for index in inputs if self.storages[index] not in results]
 
     @cached_property
     def _other_uses(self) -> dict[int, list[tuple[Tensor, str]]]:
@@ -342,7 +344,7 @@ def record_once(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
 def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Graph, list[Tensor]]:
     """The graph, and the outputs of affine layers and of the model."""
     inputs = tuple(torch.cat([x[:size]] * size)[:size] for x in inputs)
-    recorder = _Recorder(layers)
+    recorder = _Recorder(layers, compares=size in SIZES)
     recorder.graph.inputs = [recorder.new(x, varying=True) for x in inputs]
     norms = [m for m in layers.model.modules() if isinstance(m, NORMS)]
     hooks = [norm.register_forward_pre_hook(recorder.enter) for norm in norms]
@@ -356,19 +358,21 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Grap
     finally:
         for hook in hooks:
             hook.remove()
-    recorder.graph.fixed = {i: tensor for i, tensor in enumerate(recorder.kept) if i not in recorder.graph.varying}
     graph = recorder.graph
     graph.outputs = [recorder.value(output) for output in outputs]
-    results = [recorder.kept[step.outputs[0]] for step in graph.operations if step.call is not None]
-    return graph, [*results, *outputs]
+    graph.fixed = {index: tensor for index, tensor in graph.fixed.items() if index not in graph.varying}
+    return graph, [*recorder.results, *outputs]
 
 
 class _Recorder(AffineMode):
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Layers, compares: bool) -> None:
         super().__init__(layers)
+        self.compares = compares
         self.graph = Graph(layers, [], {}, {}, {}, {}, set(), [], [])
-        self.values: dict[int, int] = {}
-        self.kept: list[Tensor] = []  # alive, so that no two values share an id
+        # What varies is not kept, so that a recording needs no more memory than a forward pass.
+        self.known: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id, which another tensor may have later
+        self.memories: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.results: list[Tensor] = []  # of affine layers
         self.modules: list[nn.Module] = []
 
     def enter(self, module: nn.Module, _) -> None:
@@ -386,20 +390,29 @@ class _Recorder(AffineMode):
             self.add("a scripted module", module, args, {}, None, output)
 
     def new(self, tensor: Tensor, varying: bool) -> int:
-        index = len(self.kept)
-        self.kept.append(tensor)
-        self.values[id(tensor)] = index
+        index = len(self.graph.shapes)
+        self.known[id(tensor)] = weakref.ref(tensor), index
         self.graph.shapes[index] = tensor.shape
-        self.graph.storages[index] = memory(tensor)
+        storage = StorageWeakRef(tensor.untyped_storage())
+        self.graph.storages[index] = self.memories.setdefault(storage.cdata, (storage, index))[1]
         if varying:
             self.graph.varying.add(index)
+        else:
+            self.graph.fixed[index] = tensor
         return index
+
+    def find(self, tensor: Tensor) -> int | None:
+        """The value that a tensor is known as."""
+        known, index = self.known.get(id(tensor), (None, None))
+        return index if known is not None and known() is tensor else None
 
     def value(self, tensor: Tensor) -> int:
         """The value that a tensor is; a constant where nothing recorded made it."""
-        if id(tensor) not in self.values:
-            self.graph.constants[self.new(tensor, varying=False)] = tensor
-        return self.values[id(tensor)]
+        index = self.find(tensor)
+        if index is None:
+            index = self.new(tensor, varying=False)
+            self.graph.constants[index] = tensor
+        return index
 
     def operation(self, func: Any, args: tuple, kwargs: dict, call: Call | None):
         name = func.__name__
@@ -423,7 +436,7 @@ class _Recorder(AffineMode):
         if name == "__setitem__":
             changed = step.inputs[:1]
         elif tensors:
-            known = [self.values.get(id(tensor)) for tensor in tensors]
+            known = [self.find(tensor) for tensor in tensors]
             pairs = zip(tensors, known, strict=True)
             changed = step.outputs = [self.new(tensor, varying) if i is None else i for tensor, i in pairs]
             self.graph.shapes.update((i, tensor.shape) for i, tensor in zip(changed, tensors, strict=True))  # resized
@@ -435,6 +448,8 @@ class _Recorder(AffineMode):
             in_place = [self.graph.aliases(index) for index in changed if index in step.inputs]
             self.graph.varying.update(changed, *in_place)
         self.graph.operations.append(step)
+        if call is not None and self.compares:
+            self.results += tensors
         return output
 
 
