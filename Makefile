@@ -15,7 +15,7 @@ test: .venv/installed  ## lint, types and tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 format: .venv/installed  ## brings all files into ruff's form
 	$(BIN)/ruff check --fix

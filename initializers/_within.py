@@ -23,7 +23,8 @@ from initializers._model import InitializationError
 from initializers._report import LayerReport, Report
 from initializers._sweep import Recorded, sweep
 
-FLAT = 1e-5  # of the mean of a channel: a standard deviation below is rounding
+FLAT = 1e-5  # of the mean of a channel or of its input: a standard deviation below is rounding
+FAINT = 1e-6  # of the input of a layer: a group of it below is rounding of what cancelled out before
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def initialize_within(
         layer = call.layer
         row = LayerReport(layer.name, tuple(layer.weight.shape))
         report.layers.append(row)
+        inputs = entering()
         tied = known.tied.get(layer.name)
         if tied is not None:
             row.add_tied(tied)
@@ -55,18 +57,22 @@ def initialize_within(
             after_convolution = any(len(earlier.shape) > 2 for earlier in report.layers)
             kind = "gaussian" if after_convolution and layer.linear and rule.filters in DATA_DRIVEN else rule.filters
             centre = rule.normalise and layer.bias is None and layer.fixed_bias is None
-            _set_filters(row, call, entering(), kind, centre, generator)
+            _set_filters(row, call, inputs, kind, centre, generator)
             if row.filters == "gaussian" and not rule.normalise:
                 layer.weight.mul_(rule.factors.get(layer.name, 1.0))
 
+        rounding = _rounding(layer, inputs)
+        del inputs
         outputs = compute()
         mu, sigma = _statistics(layer, outputs)
         row.mean_before, row.std_before = mu.mean().item(), sigma.mean().item()
         if rule.normalise and tied is None:
             images = sum(map(len, outputs))
-            still = bool((sigma <= FLAT * mu.abs()).all()) and images > 1
-            normalise = _normalise_still if still else _normalise_channels
-            row.add_note(normalise(layer, outputs, mu, sigma, rule.beta))
+            flat = sigma <= rounding.maximum(FLAT * mu.abs())
+            if flat.all() and images > 1:
+                row.add_note(_normalise_still(layer, outputs, mu, rule.beta))
+            else:
+                row.add_note(_normalise_channels(layer, outputs, mu, sigma, flat, rule.beta))
             mu, sigma = _statistics(layer, outputs)
             row.mean_after, row.std_after = mu.mean().item(), sigma.mean().item()
         row.seconds = time.perf_counter() - start
@@ -82,21 +88,42 @@ def _set_filters(
     call.layer.set_weight(weights)
 
 
-def _normalise_channels(layer: Layer, outputs: list[Tensor], mu: Tensor, sigma: Tensor, beta: float) -> str:
+def _rounding(layer: Layer, inputs: list[Tensor]) -> Tensor:
+    """The standard deviation of each output channel below which it is rounding; (out_channels,).
+
+    Parts of the norm of its weights times the root mean square of its group's input, and of the whole input.
+    """
+    squares = torch.zeros(layer.groups, dtype=torch.float64, device=layer.weight.device)
+    for x in inputs:
+        channel = x.ndim - layer.weight.ndim + 1
+        others = None if layer.groups == 1 else [dimension for dimension in range(x.ndim) if dimension != channel]
+        norms = torch.linalg.vector_norm(x, dim=others, dtype=torch.promote_types(x.dtype, torch.float32))
+        squares += norms.double().square().view(layer.groups, -1).sum(1)
+    each = squares * layer.groups / sum(x.numel() for x in inputs)
+    each = (FLAT**2 * each).maximum(FAINT**2 * each.mean())
+    norms = layer.blocks.float().square().sum((2, 3)).double() * (1.0 if layer.factor is None else layer.factor) ** 2
+    return (norms * each.unsqueeze(1)).sqrt().flatten()
+
+
+def _normalise_channels(
+    layer: Layer, outputs: list[Tensor], mu: Tensor, sigma: Tensor, flat: Tensor, beta: float
+) -> str:
     """Algorithm 1 for one layer; the outputs follow in place, as they are linear in weights and biases.
 
     Args:
-        mu, sigma: of each output channel, (out_channels,).
+        mu, sigma: of each output channel, (out_channels,). flat: which do not vary beyond rounding.
 
     Returns:
         A note on groups of channels that do not vary on the images, because their few inputs are dead behind a ReLU:
-        their weights stay as they are.
+        their weights stay as they are, or get length 1 where they are longer.
 
     Raises:
         InitializationError: a channel does not vary beyond rounding.
     """
-    dead = _dead_groups(layer, mu, sigma, sum(map(len, outputs)))
-    sigma = torch.where(dead.repeat_interleave(len(sigma) // layer.groups), 1.0, sigma)
+    dead = _dead_groups(layer, flat, sum(map(len, outputs)))
+    norms = layer.blocks.square().sum((2, 3)).sqrt().flatten().to(sigma)
+    large = norms.clamp(min=1)  # filters of whitened rounding are
+    sigma = torch.where(dead.repeat_interleave(len(sigma) // layer.groups), large, sigma)
     layer.blocks.div_(sigma.view(layer.groups, -1, 1, 1))
     shift = torch.zeros_like(mu)
     if layer.bias is not None:
@@ -109,7 +136,7 @@ def _normalise_channels(layer: Layer, outputs: list[Tensor], mu: Tensor, sigma: 
     return f"{int(dead.sum())} of {layer.groups} groups do not vary and keep their scale" if dead.any() else ""
 
 
-def _normalise_still(layer: Layer, outputs: list[Tensor], mu: Tensor, sigma: Tensor, beta: float) -> str:
+def _normalise_still(layer: Layer, outputs: list[Tensor], mu: Tensor, beta: float) -> str:
     """For a layer of which no channel varies: its mean square over the channels becomes 1, and the biases beta.
 
     So a token that is learned, a state that starts at 0 or an embedding of positions gives what other layers give.
@@ -140,13 +167,12 @@ def _follow(layer: Layer, outputs: list[Tensor], scale: Tensor, shift: Tensor) -
         output.mul_(scale if scale.ndim == 0 else scale.view(by_channel)).add_(shift.view(by_channel))
 
 
-def _dead_groups(layer: Layer, mu: Tensor, sigma: Tensor, images: int) -> Tensor:
+def _dead_groups(layer: Layer, flat: Tensor, images: int) -> Tensor:
     """Groups of which no channel varies, where others do; bool (groups,).
 
     Raises:
         InitializationError: another channel does not vary beyond rounding.
     """
-    flat = sigma <= FLAT * mu.abs()
     dead = flat.view(layer.groups, -1).all(1)
     if dead.all():
         dead = torch.zeros_like(dead)

@@ -844,3 +844,34 @@ def test_an_error_in_any_forward_pass_leaves_everything_as_it_was(images, option
         assert [module.training for module in model.modules()] == [True, False, True]
         assert not any(parameter.grad is not None for parameter in model.parameters())
         copy.deepcopy(model)
+
+
+# What is zero but for rounding.
+
+
+@pytest.mark.parametrize("filters", ["gaussian", "kmeans", "orthonormal", None])
+@pytest.mark.parametrize("double", [False, True])
+def test_channels_that_cancel_out_do_not_vary(images, filters, double):
+    class Cancelling(nn.Module):
+        """Half of the channels that come to a depthwise convolution are 0 but for rounding."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.deep = nn.Conv2d(3, 8, 3), nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+            self.norm, self.head = nn.BatchNorm2d(16), nn.Linear(16, 5)
+
+        def forward(self, x):
+            x = self.stem(x)
+            x = torch.cat([x, 0.3 * x - 0.1 * x - 0.2 * x], 1)
+            return self.head(self.norm(self.deep(x)).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, images = Cancelling(), images.double() if double else images
+    model = model.double() if double else model
+    report = initialize(model, images, filters, between=False)
+    assert "8 of 16 groups do not vary and keep their scale" in {row.name: row.note for row in report.layers}["deep"]
+    assert model.deep.weight.abs().max() < 20
+    assert_normalised(model, images, ["stem", "head"])
+    with torch.no_grad():
+        values = model.deep(torch.cat([model.stem(images), torch.zeros_like(model.stem(images))], 1))
+    torch.testing.assert_close(values[:, :8].std((0, 2, 3), correction=0), torch.ones(8).to(values), atol=1e-3, rtol=0)
