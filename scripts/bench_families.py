@@ -1,18 +1,24 @@
-"""Initialize every classification network of torchvision on real images, and record what became of it.
+"""Initialize every classification network of torchvision, or of timm, on real images, and record what became of it.
 
-    python scripts/bench_families.py                        # all 80; hours on two CPU cores
+    python scripts/bench_families.py                        # all 80 of torchvision; hours on two CPU cores
     python scripts/bench_families.py resnet50 vit_b_16      # some
+    python scripts/bench_families.py --timm                 # of timm all of up to 60 million parameters; needs timm
+    python scripts/bench_families.py timm/levit_128s        # one of timm's
 
 Needs VOC 2007: set VOC_ROOT, or have data/VOCdevkit. Writes results/bench/families.json after each network; those that
-are in it already are skipped, unless --force is given. A network that fails is left out, and named at the end.
+are in it already are skipped, unless --force is given. A network that fails is recorded with the reason, and tried
+again the next time.
 """
 
 import argparse
+import contextlib
 import gc
+import importlib.metadata
 import json
 import os
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -34,6 +40,8 @@ BIAS = 0.1  # mean of the outputs that `initialize` aims at
 IMAGES = 32
 FEW = 16  # images for networks of more than LARGE parameters, and for those that need large images
 LARGE = 150_000_000
+TIMM = "timm/"  # before the names of its networks
+MOST = 60_000_000  # parameters of its networks
 LARGE_VITS = ("vit_l_16", "vit_h_14")  # take an hour each at 224 px; their constructors take a size
 # Pixels; the smallest that the network takes, or about that.
 SIZES = dict.fromkeys(LARGE_VITS, 112) | {"inception": 96, "vit": 224, "maxvit": 224}
@@ -43,9 +51,31 @@ FILTERS = ("gaussian", "kmeans")
 PINNED_SPREAD = 1.5
 
 
+def networks_of_timm() -> list[str]:
+    """Names of timm's architectures of up to MOST parameters, the smallest of each of its modules first."""
+    import timm
+
+    sizes = []
+    for name in timm.list_models():
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+        if count <= MOST:
+            sizes.append((timm.models.model_entrypoint(name).__module__, count, name))
+    rank: Counter[str] = Counter()
+    order = []
+    for module, count, name in sorted(sizes):
+        rank[module] += 1
+        order.append((rank[module], count, f"{TIMM}{name}"))
+    return [name for *_, name in sorted(order)]
+
+
 def build(name: str) -> nn.Module:
-    """A network of torchvision with random weights, as its constructor makes it, in evaluation mode."""
+    """A network with random weights, as its constructor makes it, in evaluation mode."""
     torch.manual_seed(SEED)
+    if name.startswith(TIMM):
+        import timm
+
+        return timm.create_model(name.removeprefix(TIMM)).eval()
     # Drawing truncated normals takes these two a minute, for weights that are replaced.
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name in LARGE_VITS:
@@ -53,8 +83,18 @@ def build(name: str) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, **options).eval()
 
 
+@torch.no_grad()
+def smallest_size(model: nn.Module) -> int:
+    """Pixels of the side of the images for a network of timm: the smallest of a few that it takes."""
+    for size in (64, 96, 128):
+        with contextlib.suppress(Exception):  # whatever it does not like
+            model(torch.zeros(2, 3, size, size))
+            return size
+    return model.default_cfg["input_size"][-1]
+
+
 def image_size(name: str) -> int:
-    """Pixels of the side of the images for a network."""
+    """Pixels of the side of the images for a network of torchvision."""
     return next((size for start, size in SIZES.items() if name.startswith(start)), SIZE)
 
 
@@ -125,9 +165,10 @@ def measure(name: str, model: nn.Module, images: Tensor, filters: str) -> dict:
     exact = outputs(model.double(), images.double())
     model.float()  # which gives back the same bits
     between = initializers.rescale(model, images, seed=SEED)
-    rates = [(layer.rate_before, layer.rate_after) for layer in between.layers]
+    rates = [(layer.rate_before, layer.rate_after) for layer in between.layers if layer.rate_after is not None]
     row = {
         "layers": len(between.layers),
+        "waiting": len(between.layers) - len(rates),  # which do not learn yet
         "spread_before": between.spread_before,
         "spread_after": between.spread_after,
         "log_variance_before": log_variance([rate for rate, _ in rates]),
@@ -153,7 +194,8 @@ def measure(name: str, model: nn.Module, images: Tensor, filters: str) -> dict:
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
     """Of all images, in batches."""
-    return torch.cat([model(batch) for batch in images.split(16)])
+    found = [model(batch) for batch in images.split(16)]
+    return torch.cat([output if isinstance(output, Tensor) else output[0] for output in found])
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
@@ -179,9 +221,13 @@ def summary(row: dict) -> str:
 
 def bench(name: str) -> dict:
     """The record of one network."""
-    record = {"size": image_size(name), "filters": {}}
+    record = {"filters": {}}
     for filters in FILTERS:
         model = build(name)
+        if name.startswith(TIMM):
+            record |= {"size": smallest_size(model), "module": type(model).__module__.rpartition(".")[2]}
+        else:
+            record["size"] = image_size(name)
         record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         record["images"] = FEW if record["parameters"] > LARGE or record["size"] > 100 else IMAGES
         record["filters"][filters] = measure(name, model, load_images(record["images"], record["size"]), filters)
@@ -191,36 +237,53 @@ def bench(name: str) -> dict:
     return record
 
 
+def timm_version(known: dict) -> dict[str, str]:
+    """The version of timm, where it is used, or was for what is known."""
+    if "timm" in sys.modules:
+        return {"timm": importlib.metadata.version("timm")}
+    return {"timm": known["timm"]} if "timm" in known else {}
+
+
 def main() -> None:
     names = torchvision.models.list_models(module=torchvision.models)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("networks", nargs="*", metavar="network", help="of torchvision.models; all where none is given")
+    parser.add_argument(
+        "networks",
+        nargs="*",
+        metavar="network",
+        help="of torchvision.models, or timm/NAME; all of torchvision where none is given",
+    )
+    parser.add_argument("--timm", action="store_true", help=f"all of timm of up to {MOST:,} parameters")
     parser.add_argument("--force", action="store_true", help="do those again that are recorded already")
     arguments = parser.parse_args()
-    if unknown := sorted({*arguments.networks} - {*names}):
+    if arguments.timm:
+        names = networks_of_timm()
+    if unknown := sorted({name for name in arguments.networks if not name.startswith(TIMM)} - {*names}):
         parser.error(f"no classification network of torchvision: {', '.join(unknown)}")
 
     about = {"versions": versions(), "device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
     about |= {"data": "VOC 2007 train", "seed": SEED}
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
-    networks = known.get("networks", {})
+    networks, failed = known.get("networks", {}), known.get("failed", {})
     if known and known["versions"] != about["versions"] and not arguments.force:
         sys.exit(f"error: {OUT} is of other versions ({known['versions']}): pass --force, or move it away")
-    failed = []
+    tried = []
     for name in arguments.networks or names:
         if name in networks and not arguments.force:
             continue
         try:
             networks[name] = bench(name)
-        except Exception:
+            failed.pop(name, None)
+        except Exception as error:
             traceback.print_exc()
-            failed.append(name)
-            continue
+            failed[name] = f"{type(error).__name__}: {error}"
+            tried.append(name)
         OUT.parent.mkdir(parents=True, exist_ok=True)
-        write_json(OUT, about | {"networks": {name: networks[name] for name in names if name in networks}})
+        ordered = {name: networks[name] for name in sorted(networks, key=lambda name: (name.startswith(TIMM), name))}
+        write_json(OUT, about | timm_version(known) | {"networks": ordered, "failed": dict(sorted(failed.items()))})
     print(OUT)
-    if failed:
-        sys.exit(f"error: failed, and not recorded: {', '.join(failed)}")
+    if tried:
+        sys.exit(f"error: failed: {', '.join(tried)}")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,9 @@ hold layers fast, a spread is left, which `nonhomogeneous="scale"` removes. The 
 network of the family which changes most, in norm relative to the output, on all images; in brackets what rounding alone
 does to its output (float32 against float64).
 """
+TIMM = """\
+A row per module of timm, of its networks of up to 60 million parameters that have been tried so far.
+"""
 # Family -> the beginnings of its networks' names, and what is particular about it.
 FAMILY_NAMES = {
     "AlexNet": (("alexnet",), ""),
@@ -382,7 +385,10 @@ def families_table(path: Path) -> dict[str, str]:
     try:
         record = json.loads(path.read_text())
         rows = [
-            network | measured | measured["deviation"] | {"network": name, "family": family(name), "filters": filters}
+            network
+            | measured
+            | measured["deviation"]
+            | {"network": name, "family": network.get("module") or family(name), "filters": filters}
             for name, network in record["networks"].items()
             for filters, measured in network["filters"].items()
         ]
@@ -393,12 +399,25 @@ def families_table(path: Path) -> dict[str, str]:
         csv = table[columns].to_csv(index=False, float_format="%.4g", lineterminator="\n")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no record of networks ({error!r}): repair it or remove it") from error
+    notes = {name: note for name, (_, note) in FAMILY_NAMES.items()}
+    modules = [name for name in table["family"].unique() if name not in notes]
+    parts = [FAMILIES, family_rows(table, notes)]
+    if modules:
+        about.append(f"timm {record['timm']}")
+        parts += [f"## timm\n\n{TIMM}", family_rows(table, dict.fromkeys(sorted(modules), ""), "module")]
+    if failed := record.get("failed"):
+        parts.append("Failed:\n\n" + "".join(f"- `{name}`: {reason}\n" for name, reason in failed.items()))
+    text = "\n".join([*parts, "".join(f"- {line}\n" for line in about)])
+    return {"families.md": text, "families.csv": csv}
+
+
+def family_rows(table: pd.DataFrame, notes: Mapping[str, str], title: str = "family") -> str:
+    """A Markdown table with a row for each family in `notes` that has networks."""
     filters = sorted(set(table["filters"]))
-    lines = [
-        ["family", "networks", *filters, *(f'{kind}, `"scale"`' for kind in filters), "change of the output", "note"]
-    ]
+    scaled_columns = (f'{kind}, `"scale"`' for kind in filters)
+    lines = [[title, "networks", *filters, *scaled_columns, "change of the output", "note"]]
     lines.append(["---", "---:", *["---:"] * (2 * len(filters)), "---:", "---"])
-    for name, (_, note) in FAMILY_NAMES.items():
+    for name, note in notes.items():
         rows = table[table["family"] == name]
         if len(rows):
             kinds = [rows[rows["filters"] == kind] for kind in filters]
@@ -407,8 +426,7 @@ def families_table(path: Path) -> dict[str, str]:
             steps = [f"{extent(kind['spread_before'])} → {extent(kind['spread_after'])}" for kind in kinds]
             scaled = [extent(kind["spread_after_scaling"].fillna(kind["spread_after"])) for kind in kinds]
             lines.append([name, str(rows["network"].nunique()), *steps, *scaled, change, note])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return {"families.md": f"{FAMILIES}\n{text}\n" + "".join(f"- {line}\n" for line in about), "families.csv": csv}
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def family(network: str) -> str:

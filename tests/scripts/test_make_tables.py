@@ -480,6 +480,21 @@ def test_the_change_of_a_family_is_that_of_the_network_which_changes_most(famili
     assert "| ResNet, ResNeXt, Wide ResNet | 3 | 1.0 → 1.0 | 1.0 | 3e-05 (2e-05) |" in text
 
 
+def test_networks_of_timm_have_rows_of_their_own_and_failures_are_named(families):
+    path, add = families
+    add("vgg11", kmeans={"spread_before": 12.0, "spread_after": 1.001})
+    add("timm/levit_128s", kmeans={"spread_before": 34.0, "spread_after": 1.2})
+    record = json.loads(path.read_text())
+    record["networks"]["timm/levit_128s"]["module"] = "levit"
+    record |= {"timm": "1.0.31", "failed": {"timm/coat_tiny": "InitializationError: no layer learns"}}
+    path.write_text(json.dumps(record))
+    torchvision, _, timm = make_tables.families_table(path)["families.md"].partition("## timm\n")
+    assert "| VGG | 1 | 12 → 1.0 | 1.0 |" in torchvision
+    assert "| levit | 1 | 34 → 1.2 | 1.2 |" in timm
+    assert "- `timm/coat_tiny`: InitializationError: no layer learns\n" in timm
+    assert "- timm 1.0.31\n" in timm
+
+
 def test_every_network_of_torchvision_has_one_family():
     models = pytest.importorskip("torchvision.models")
     assert {make_tables.family(name) for name in models.list_models(module=models)} == {*make_tables.FAMILY_NAMES}
