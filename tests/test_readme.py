@@ -99,7 +99,7 @@ def test_results_are_those_of_the_records(table, columns):
         (record["network"] if "network" in records else "") + record["init"]: [
             one_decimal(record["published"]),
             *(one_decimal(record[column], record.get(f"{column}_std")) for column in columns),
-            str(record["n"]),
+            str(int(record["n"])),
         ]
         for _, record in records.iterrows()
     }
