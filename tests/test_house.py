@@ -111,6 +111,7 @@ def modules_imported(folder):
 COMMANDS = {f"experiments.{path.stem}" for path in (ROOT / "experiments").glob("*.py")} - {
     "experiments.__init__",
     "experiments.files",
+    "experiments.settings",
 }
 
 

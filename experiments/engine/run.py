@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 import initializers
 from experiments.engine import distributed
 from experiments.files import write_json, write_whole
+from experiments.settings import check
 
 # Settings that change where and how fast a run computes, but not what: they do not tell runs apart.
 NOT_IDENTITY = (
@@ -102,10 +103,14 @@ def execute(
     Args:
         work: writes `result` into the folder, last of all.
         left_out: why the run is none of those asked for; empty if it is.
+
+    Raises:
+        ValueError: a setting makes no sense; the folder is not there then.
     """
     if left_out:
         print(f"not run: {left_out}")
         return
+    check(cfg)
     device = set_up(cfg.device, cfg.threads, cfg.tf32)
     with distributed.processes(device):
         folder = run_folder(cfg)
