@@ -23,7 +23,7 @@ class FastRCNN(nn.Module):
     All layers keep their names; the new ones are `cls_score` and `bbox_pred`.
 
     Args:
-        network: the classifier, whose modules run one after the other, up to its last layer, `head`; its modules
+        network: the classifier, whose modules run one after the other, up to its last layer, `last_layer`; its modules
             become the detector's. Its `std_factors`, and `caffe_fillers` if it has them, say how the layers of a
             narrower one are initialized.
         classes: without the background.
@@ -35,7 +35,7 @@ class FastRCNN(nn.Module):
         ValueError: `network` has no such modules, or its first linear layer takes no square map.
     """
 
-    head = "cls_score"
+    last_layer = "cls_score"
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class FastRCNN(nn.Module):
             if name not in layers:
                 raise ValueError(f"{type(network).__name__} has no layer {name}: it has {', '.join(layers)}")
         names = list(layers)
-        first, last = names.index(pool), names.index(network.head.split(".")[0])
+        first, last = names.index(pool), names.index(network.last_layer.split(".")[0])
         self.trunk, self.top = names[:first], names[first + 1 : last]
         for name in (*self.trunk, *self.top):
             self.add_module(name, layers[name])
@@ -60,11 +60,11 @@ class FastRCNN(nn.Module):
 
         self.pooled = self._side() if pooled is None else pooled
         self.classes = classes
-        features = network.get_submodule(network.head).in_features
+        features = network.get_submodule(network.last_layer).in_features
         self.cls_score = nn.Linear(features, 1 + classes)
         self.bbox_pred = nn.Linear(features, 4 * (1 + classes))
         factors = network.std_factors
-        self.std_factors = {**factors, **dict.fromkeys(OUTPUT_STD, factors[network.head])}
+        self.std_factors = {**factors, **dict.fromkeys(OUTPUT_STD, factors[network.last_layer])}
         self.reset_outputs(0)
         # Targets are normalised by these; `detect` undoes it.
         self.register_buffer("target_mean", torch.zeros(1 + classes, 4))

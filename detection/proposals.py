@@ -1,6 +1,10 @@
 """Object proposals: boxes that may hold an object, found without a network (selective search)."""
 
+import io
 import multiprocessing
+import sys
+import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detection.boxes import iou
+from detection.mat import RATIO, read_cells
 
 CORNERS = ("x1", "y1", "x2", "y2")
+SMALL = 1 << 26  # bytes that a file of any size may unpack to
 PART = 200  # images that are searched between two writes: at most as much work is lost by a kill
 
 
@@ -48,13 +54,15 @@ def read_proposals(path: str | Path, ids: Sequence[str], heights: Tensor, widths
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no file of proposals, has none for an image, or a box that is empty or outside of its image.
+            No more memory is taken than 100 times the size of the file, or 64 MiB, has room for.
     """
     path = Path(path)
     try:
         found = _read_mat(path) if path.suffix == ".mat" else _read_npz(path)
-    except (FileNotFoundError, PermissionError):
+        _check_table(*found)
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except Exception as error:  # damage shows as any kind of error of zip, numpy and scipy
+    except Exception as error:  # damage shows as any kind of error of zip and numpy
         raise ValueError(f"{path} holds no proposals ({type(error).__name__}: {error})") from error
     known = {image_id: row for row, image_id in enumerate(found[0])}
     missing = [image_id for image_id in ids if image_id not in known]
@@ -75,24 +83,58 @@ def read_proposals(path: str | Path, ids: Sequence[str], heights: Tensor, widths
 
 def _read_npz(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Ids, offsets (M + 1,) and boxes int32 (total, 4)."""
-    with np.load(path, allow_pickle=False) as file:
-        ids, offsets = [str(image_id) for image_id in file["ids"]], file["offsets"]
-        boxes = np.stack([file[corner].astype(np.int32) for corner in CORNERS], 1)
-    if len(offsets) != len(ids) + 1 or offsets[0] != 0 or offsets[-1] != len(boxes) or (np.diff(offsets) < 0).any():
-        raise ValueError("its offsets do not fit its boxes")
-    return ids, offsets, boxes
+    with zipfile.ZipFile(path) as archive:
+        members = [archive.getinfo(f"{name}.npy") for name in ("ids", "offsets", *CORNERS)]
+        size = sum(member.file_size for member in members)
+        if size > max(SMALL, RATIO * path.stat().st_size):
+            raise ValueError(f"it grows to {size} bytes, which are more than {RATIO} times its size")
+        ids, offsets, *corners = (_column(member.filename, archive.read(member)) for member in members)
+    boxes = np.stack([_whole(corner, np.int32) for corner in corners], 1)
+    return ids.tolist(), _whole(offsets, np.int64), boxes
+
+
+def _column(name: str, content: bytes) -> np.ndarray:
+    """The values (any,) of a `.npy`: text for the ids, or else numbers. NumPy makes room for all that it claims."""
+    file = io.BytesIO(content)
+    new = np.lib.format.read_magic(file) > (1, 0)
+    read = np.lib.format.read_array_header_2_0 if new else np.lib.format.read_array_header_1_0
+    shape, _, dtype = read(file)
+    if len(shape) != 1 or shape[0] < 0 or not dtype.itemsize or dtype.kind not in ("U" if "ids" in name else "iuf"):
+        raise ValueError(f"{name} holds {dtype} {shape}, no column of {'text' if 'ids' in name else 'numbers'}")
+    return np.frombuffer(content, dtype, shape[0], file.tell())
 
 
 def _read_mat(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    from scipy.io import loadmat
-
-    file = loadmat(path)
-    ids = [str(image_id.item()) for image_id in file["images"].ravel()]
-    parts = [part.reshape(-1, 4) for part in file["boxes"].ravel()]
+    """As `_read_npz`."""
+    file = read_cells(path, ("images", "boxes"))
+    ids, parts = file["images"], file["boxes"]
+    if not all(isinstance(image_id, str) for image_id in ids) or any(isinstance(part, str) for part in parts):
+        raise ValueError("images are not all text, or boxes not all numbers")
     if len(parts) != len(ids):
         raise ValueError(f"{len(ids)} images, but boxes of {len(parts)}")
-    boxes = np.concatenate(parts).astype(np.int32)[:, [1, 0, 3, 2]] - 1
-    return ids, np.cumsum([0, *map(len, parts)]), boxes
+    if odd := [part.shape for part in parts if part.size and part.shape[1:] != (4,)]:
+        raise ValueError(f"boxes of the shape {odd[0]}, not (any, 4)")
+    parts = [part.reshape(-1, 4) for part in parts]
+    boxes = np.concatenate([np.empty((0, 4)), *parts])[:, [1, 0, 3, 2]] - 1
+    return ids, np.cumsum([0, *map(len, parts)]), _whole(boxes, np.int32)
+
+
+def _check_table(ids: list[str], offsets: np.ndarray, boxes: np.ndarray) -> None:
+    if len(offsets) != len(ids) + 1 or offsets[0] != 0 or offsets[-1] != len(boxes) or (np.diff(offsets) < 0).any():
+        raise ValueError("its offsets do not fit its boxes")
+    if len({*ids}) < len(ids):
+        raise ValueError(f"it has image {Counter(ids).most_common(1)[0][0]} more than once")
+
+
+def _whole(values: np.ndarray, kind: type) -> np.ndarray:
+    """`values` as integers of a `kind` that has them all."""
+    limits = np.iinfo(kind)
+    # Not by casting and comparing: what a cast makes of values that do not fit differs between machines.
+    if values.size and not (limits.min <= values.min() and values.max() <= limits.max):
+        raise ValueError(f"it has numbers that are not between {limits.min} and {limits.max}")
+    if (found := values.astype(kind)).size and (found != values).any():
+        raise ValueError("it has numbers that are not whole")
+    return found
 
 
 def _check(path: Path, ids: Sequence[str], proposals: Proposals, heights: Tensor, widths: Tensor) -> None:
@@ -137,8 +179,9 @@ def compute_proposals(paths: Sequence[Path], file: str | Path) -> None:
     with FileLock(f"{file}.lock"):
         if file.exists():  # another process was faster
             return
+        pace = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30}  # in a log file
         with (
-            tqdm(total=len(paths), desc="selective search", unit=" images") as bar,
+            tqdm(total=len(paths), desc="selective search", unit=" images", **pace) as bar,
             # Spawned, not forked: OpenCV's threads do not survive a fork.
             multiprocessing.get_context("spawn").Pool() as pool,
         ):

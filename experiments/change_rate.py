@@ -8,10 +8,8 @@ configs/change_rate.yaml.
 
 from pathlib import Path
 
-import hydra
 import matplotlib.pyplot as plt
 import pandas as pd
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -20,12 +18,13 @@ from experiments import files
 from experiments.data.prepare import prepare
 from experiments.data.voc import open_split
 from experiments.engine import run
+from experiments.engine.command import command
 from experiments.engine.figures import encoded
 from experiments.engine.initialization import choose, set_weights
+from experiments.networks import make_network
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="change_rate")
-@run.one_line_errors
+@command("change_rate")
 def main(cfg: DictConfig) -> None:
     device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
     prepare(cfg.data)
@@ -33,8 +32,8 @@ def main(cfg: DictConfig) -> None:
 
     rates: dict[str, initializers.Rates] = {}
     for line, init in tqdm(cfg.lines.items(), desc="initializations", disable=None):
-        model = instantiate(cfg.model).to(device)
-        if init.method == "caffe" and not hasattr(model, "caffe_fillers"):
+        model = make_network(cfg.model, cfg.model.get("num_outputs", 1000)).to(device)
+        if init._target_ == "initializers.caffe" and not hasattr(model, "caffe_fillers"):
             print(f"not drawn: {line}, as {type(model).__name__} states no reference initialization")
             continue
         set_weights(model, init, images, cfg.seed)

@@ -11,10 +11,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-import hydra
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -22,16 +20,17 @@ from experiments.data.draws import at_random
 from experiments.data.folders import FolderBatches, Folders, Images, centres, read_folders, whole_images, workers_of
 from experiments.data.prepare import prepare
 from experiments.engine import distributed, run
+from experiments.engine.command import command
 from experiments.engine.figures import line_of
-from experiments.engine.initialization import once, set_weights
+from experiments.engine.initialization import PRETRAINED, once, set_weights
 from experiments.engine.losses import AUXILIARY_WEIGHT, classification_loss
 from experiments.engine.trainer import train_as
+from experiments.networks import make_network
 
 # The lines of the paper's figures: initialization, and whether there is LRN (Figure 3) or auxiliary losses (Figure 4).
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="imagenet")
-@run.one_line_errors
+@command("imagenet")
 def main(cfg: DictConfig) -> None:
     no_line = cfg.published and line_of(cfg, cfg.published) is None
     reason = f"{cfg.published} of the paper has no such line; published=null runs it too" if no_line else ""
@@ -47,7 +46,7 @@ def train_and_validate(cfg: DictConfig, folder: Path, device: torch.device) -> N
         Images(found.paths, cfg.data.short, cfg.data.cache, bad[part])
         for part, found in (("train", training), ("val", validation))
     )
-    model = instantiate(cfg.model, num_outputs=len(training.classes)).to(device)
+    model = make_network(cfg.model, len(training.classes)).to(device)
     crops = {"size": cfg.crop.size, "mean": tuple(cfg.data.mean), "device": device, "workers": workers_of(cfg)}
     crops |= {"rank": distributed.rank(), "world": distributed.size()}
     batches = FolderBatches(
@@ -91,7 +90,7 @@ def report(
     counts = {part: len({*path.read_text().splitlines()}) if path.exists() else 0 for part, path in bad.items()}
     curves = {"curve": "curve.csv", "validation": "validation.csv"}
     about |= {"processes": distributed.size(), "bad_images": counts, **curves}
-    run.write_record(folder / "record.json", cfg, device, metrics=metrics, times=times, **about)
+    run.write_record(run.record_of(folder, cfg)[0], cfg, device, metrics=metrics, times=times, **about)
     top1, top5 = (100 * metrics[name] for name in ("top1", "top5"))
     print(f"\nvalidation: loss {metrics['loss']:.3f}, top-1 {top1:.1f} %, top-5 {top5:.1f} %")
     print(run.spent(times))
@@ -117,14 +116,14 @@ def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
         chosen = chosen.to(next(model.parameters()).device)
     began = time.perf_counter()
     # Not with weights from a file, which know the network by its own names.
-    together = len(model.heads) > 1 and chosen is not None and cfg.init.method != "pretrained"
-    zero = cfg.zero_classifiers and cfg.init.method not in ("caffe", "pretrained")
+    together = len(model.classifiers) > 1 and chosen is not None and cfg.init._target_ != PRETRAINED
+    zero = cfg.zero_classifiers and cfg.init._target_ not in ("initializers.caffe", PRETRAINED)
     # The scale of the outputs is gone with the classifiers.
-    init = {**cfg.init, "outputs": "free"} if zero and cfg.init.method == "initialize" else cfg.init
+    init = {**cfg.init, "outputs": "free"} if zero and cfg.init._target_ == "initializers.initialize" else cfg.init
     found = set_weights(Classifiers(model) if together else model, init, chosen, cfg.seed)
     seconds = time.perf_counter() - began
     if zero:
-        for name in model.heads:
+        for name in model.classifiers:
             for parameter in model.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
     if found is not None:

@@ -12,32 +12,32 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import hydra
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiments import files
 from experiments.data.images import ImageCache, squash
 from experiments.data.prepare import prepare
-from experiments.data.voc import Split, open_split
+from experiments.data.voc import Split, open_split, set_outputs
 from experiments.engine import run
+from experiments.engine.command import command
 from experiments.engine.figures import encoded
 from experiments.engine.initialization import choose, set_weights
+from experiments.networks import make_network
+from initializers._images import open_image
 
 THUMBNAIL = 120  # pixels
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="neighbors")
-@run.one_line_errors
+@command("neighbors")
 def main(cfg: DictConfig) -> None:
+    set_outputs(cfg)
     device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
     prepare(cfg.data)
     training = open_split(cfg.data, cfg.data.train, device)[1]
@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> None:
     folder, found = Path(cfg.output), {}
     with run.open_folder(folder):
         for line, init in cfg.lines.items():
-            model = instantiate(cfg.model).to(device)
+            model = make_network(cfg.model, len(test.classes)).to(device)
             set_weights(model, init, images, cfg.seed)
             path = folder / f"features-{digest(cfg, init)}.npy"
             if not path.exists():
@@ -101,7 +101,7 @@ def features(cfg: DictConfig, model: nn.Module, cache: ImageCache, index: Sequen
         kept.append(values.flatten(1).cpu().clone())
 
     if cfg.layer is None:
-        hook = layers[model.head].register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))
+        hook = layers[model.last_layer].register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))
     else:
         hook = layers[cfg.layer].register_forward_hook(lambda _, __, output: keep(output))
     try:
@@ -152,8 +152,7 @@ def draw(test: Split, queries: list[int], pool: Split, found: dict[str, tuple[Te
 
 def show(axis, path: Path) -> None:
     """An image, squashed to a square as the network sees it."""
-    with Image.open(path) as image:
-        axis.imshow(image.convert("RGB").resize((THUMBNAIL, THUMBNAIL)))
+    axis.imshow(open_image(path).resize((THUMBNAIL, THUMBNAIL)))
 
 
 if __name__ == "__main__":

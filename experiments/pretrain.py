@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import hydra
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -24,16 +22,17 @@ from experiments import files
 from experiments.data.draws import seeded
 from experiments.data.images import Crops, ImageCache, crop
 from experiments.data.prepare import prepare
-from experiments.data.voc import open_split
+from experiments.data.voc import classes_of, open_split
 from experiments.engine import run
+from experiments.engine.command import command
 from experiments.engine.initialization import choose, set_weights
 from experiments.engine.trainer import train_as
+from experiments.networks import make_network
 
 POSITIONS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]  # of the second patch: down, right
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="pretrain")
-@run.one_line_errors
+@command("pretrain")
 def main(cfg: DictConfig) -> None:
     run.execute(cfg, train_and_test, result="weights.safetensors")
 
@@ -43,7 +42,7 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
     prepare(cfg.data)
     training, test = (open_split(cfg.data, cfg.data[part], device)[1] for part in ("train", "test"))
     options = {"size": cfg.crop.size, "mean": tuple(cfg.data.mean), **cfg.patches}
-    trunk = instantiate(cfg.model).to(device)
+    trunk = make_network(cfg.model, len(classes_of(cfg.data))).to(device)
     if not run.has_checkpoint(folder):
         images = choose(cfg, "init", training, range(len(training))) if "images" in cfg.init else None
         print(set_weights(trunk, cfg.init, images, cfg.seed) or "")
@@ -53,8 +52,11 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
     train_seconds = train_as(cfg, model, F.cross_entropy, pairs, folder)
     began = time.perf_counter()
     accuracy = evaluate(model, test, options, cfg.evaluate, cfg.seed)
+    fold_batch_norm(trunk)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in trunk.state_dict().items()}
+    files.write_bytes(folder / "weights.safetensors", save(tensors))
     run.write_record(
-        folder / "record.json",
+        run.record_of(folder, cfg)[0],
         cfg,
         device,
         data=f"{cfg.data.name}, {len(training)} + {len(test)} images",
@@ -62,9 +64,6 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
         times={"train": train_seconds, "evaluate": time.perf_counter() - began},
         curve="curve.csv",
     )
-    fold_batch_norm(trunk)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in trunk.state_dict().items()}
-    files.write_bytes(folder / "weights.safetensors", save(tensors))
     print(f"{100 * accuracy:.1f} % of the positions are right, chance is {100 / len(POSITIONS):.1f} %")
 
 
@@ -76,9 +75,9 @@ class Pairs(nn.Module):
 
     def __init__(self, trunk: nn.Module):
         super().__init__()
-        features = trunk.get_submodule(trunk.head).in_features
-        std = trunk.std_factors[trunk.head] * 0.01
-        trunk.set_submodule(trunk.head, nn.Identity())
+        features = trunk.get_submodule(trunk.last_layer).in_features
+        std = trunk.std_factors[trunk.last_layer] * 0.01
+        trunk.set_submodule(trunk.last_layer, nn.Identity())
         self.trunk = trunk
         self.position = nn.Linear(2 * features, len(POSITIONS))
         nn.init.normal_(self.position.weight, 0, std)

@@ -1,7 +1,8 @@
 """What each setting may be: one table for all commands, looked at before a run opens its folder."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Colour = Annotated[list[Annotated[float, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
+FILTERS = ("gaussian", "pca", "zca", "kmeans", "patches", "orthonormal")  # as of `initializers`
+
 RULES: dict[str, Any] = {
     "experiment": Text,
     "preset": Text | None,
@@ -29,6 +32,7 @@ RULES: dict[str, Any] = {
     "workers": Index | None,
     "data.name": Text,
     "data.root": Text,
+    "data.classes": Annotated[list[Text], Field(min_length=1)] | None,
     "data.train": Text,
     "data.val": Text,
     "data.test": Text | None,
@@ -52,9 +56,10 @@ RULES: dict[str, Any] = {
     "detector.pool": Text,
     "detector.pooled": Count,
     "init.name": Text,
-    "init.method": Text,
+    "init._target_": Text,
+    "init.method": Literal["balance", "paper"],
     "init.images": Count,
-    "init.filters": Literal["gaussian", "pca", "zca", "kmeans", "patches", "orthonormal"] | None,
+    "init.filters": Literal[FILTERS] | None,
     "init.within": bool,
     "init.between": bool,
     "init.bias": Annotated[float, Field(allow_inf_nan=False)],
@@ -65,6 +70,12 @@ RULES: dict[str, Any] = {
     "init.weights": Text | None,
     "init.source": Text | None,
     "init.rescale": bool,
+    "init.skip": list[Text],
+    "init.alpha": Annotated[float, Field(gt=0, le=1)],
+    "init.nonhomogeneous": Literal["pin", "scale"],
+    "init.outputs": Literal["keep", "free"],
+    "init.rate_images": Count,
+    "init.training": bool,
     "optimizer.name": Literal["sgd", "adam"],
     "optimizer.lr": Positive,
     "optimizer.momentum": Below1,
@@ -112,17 +123,41 @@ RULES: dict[str, Any] = {
     "batch_size": Count,
 }
 OPEN = ("lines.", "detector.padding.")  # groups with keys of one's own
+# Groups that name a function or class as `_target_`, whose arguments their keys are: where ours lie, and the keys that
+# are not arguments.
+TARGETS = {
+    "model": ("experiments.networks.", ("input_size",)),
+    "init": (("initializers.", "experiments."), ("name", "images")),
+}
 
 
 def check(cfg: DictConfig) -> None:
     """Raises ValueError: a setting has a value that makes no sense; one line with key, value and what is allowed."""
-    settings = dict(_flat(OmegaConf.to_container(cfg, resolve=True)))
+    settings = dict(flat(OmegaConf.to_container(cfg, resolve=True)))
     for key, value in settings.items():
         if key in RULES:
             _check_one(key, value)
+        elif not is_open(f"{key}.", cfg):
+            raise ValueError(unknown(key))
     for low, high in (("crop.min_scale", "crop.max_scale"), ("evaluate.short", "evaluate.longest")):
         if low in settings and settings[low] > settings[high]:
             raise ValueError(f"{low}={settings[low]}: it should be at most {high}={settings[high]}")
+
+
+def unknown(key: str, groups: Sequence[str] = ()) -> str:
+    """The error for a key that is no setting, with what is close to it; `groups` can be set too."""
+    known = [*RULES, *groups]
+    close = [name for name in known if name.rpartition(".")[2] == key] or get_close_matches(key, known, n=1)
+    return f"{key}: there is no such setting here; {f'{close[0]} is close' if close else '--cfg job shows all'}"
+
+
+def is_open(key: str, cfg: DictConfig) -> bool:
+    """Whether the settings take `key` though no rule says what it may be: in groups with keys of one's own."""
+    if key.startswith(OPEN):
+        return True
+    group = key.partition(".")[0]
+    target = OmegaConf.select(cfg, f"{group}._target_")
+    return group in TARGETS and target is not None and not str(target).startswith(TARGETS[group][0])
 
 
 def _check_one(key: str, value: Any) -> None:
@@ -139,10 +174,10 @@ def _adapter(key: str) -> TypeAdapter:
     return TypeAdapter(RULES[key], config=ConfigDict(strict=True))
 
 
-def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and not f"{path}{name}.".startswith(OPEN):
-            yield from _flat(value, f"{path}{name}.")
+            yield from flat(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value

@@ -9,29 +9,29 @@ command is given again. The last line printed is the path of the result record.
 import time
 from pathlib import Path
 
-import hydra
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
 import initializers
 from experiments.data.images import ImageCache, describe
 from experiments.data.prepare import prepare
-from experiments.data.voc import CLASSES, Split, open_split, read_split
+from experiments.data.voc import Split, open_split, read_split, set_outputs
 from experiments.engine import run
-from experiments.engine.initialization import absent_weights, choose, once, set_weights
+from experiments.engine.command import command
+from experiments.engine.initialization import PRETRAINED, absent_weights, choose, once, set_weights
 from experiments.engine.losses import multilabel_loss
 from experiments.engine.metrics import average_precision
 from experiments.engine.trainer import CropBatches, predict, train_as
+from experiments.networks import make_network
 
 PAPER = Path(__file__).resolve().parents[1] / "results" / "paper"
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="voc_cls")
-@run.one_line_errors
+@command("voc_cls")
 def main(cfg: DictConfig) -> None:
+    set_outputs(cfg)
     run.execute(cfg, train_and_test, left_out=left_out(cfg) if cfg.published else "")
 
 
@@ -41,7 +41,7 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
     training, training_cache = open_split(cfg.data, cfg.data.train, device)
     test, test_cache = open_split(cfg.data, cfg.data.test, device)
     crops = {"mean": tuple(cfg.data.mean), **cfg.crop}
-    model = instantiate(cfg.model).to(device)
+    model = make_network(cfg.model, len(training.classes)).to(device)
 
     start = once(folder, lambda: initialize(cfg, model, training_cache, training))
     torch.manual_seed(cfg.seed)  # of dropout
@@ -54,9 +54,9 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
     times = {"init": start["seconds"], "train": train_seconds, "evaluate": time.perf_counter() - began}
 
     metrics = {name: precision[name] for name in ("map_step", "map_voc11")}
-    per_class = pd.DataFrame({kind: precision[kind] for kind in ("step", "voc11")}, index=CLASSES)
+    per_class = pd.DataFrame({kind: precision[kind] for kind in ("step", "voc11")}, index=test.classes)
     run.write_record(
-        folder / "record.json",
+        run.record_of(folder, cfg)[0],
         cfg,
         device,
         data=describe(cfg.data.name, training_cache, test_cache),
@@ -87,7 +87,13 @@ def initialize(cfg: DictConfig, model: nn.Module, cache: ImageCache, training: S
         print(report)
 
     position = {image_id: index for index, image_id in enumerate(training.ids)}
-    val = [position[image_id] for image_id in read_split(cfg.data.root, cfg.data.val).ids]
+    ids = read_split(cfg.data.root, cfg.data.val, training.classes).ids
+    if unknown := [image_id for image_id in ids if image_id not in position]:
+        raise ValueError(
+            f"image {unknown[0]} of data.val={cfg.data.val} is not in data.train={cfg.data.train}: change rates are "
+            "measured on training images; set data.val to a part of data.train, or to the same list"
+        )
+    val = [position[image_id] for image_id in ids]
     rates = initializers.change_rate(model, choose(cfg, "rates", cache, val), seed=cfg.seed)
     table = pd.DataFrame({"change rate": rates.mean, "coefficient of variation": rates.cv})
     print(f"\nchange rates on {cfg.rates.images} images of {cfg.data.val}, spread {rates.spread:.4g}")
@@ -101,7 +107,7 @@ def initialize(cfg: DictConfig, model: nn.Module, cache: ImageCache, training: S
 
 def left_out(cfg: DictConfig) -> str:
     """Why a cell of the paper's table `cfg.published` is left out: empty there, or without its weights; else ''."""
-    if cfg.init.method == "pretrained":
+    if cfg.init._target_ == PRETRAINED:
         return absent_weights(cfg.init)
     table = pd.read_csv(PAPER / f"{cfg.published}.csv")
     same = (table["init"] == run.init_key(cfg.init)) & (table["optimizer"] == cfg.optimizer.name)

@@ -9,13 +9,10 @@ command is given again. The last line printed is the path of the result record.
 import time
 from pathlib import Path
 
-import hydra
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from PIL import Image
 from tqdm import tqdm
 
 import detection
@@ -25,18 +22,22 @@ from experiments.data.images import ImageCache, describe
 from experiments.data.prepare import prepare
 from experiments.data.proposals import objects_of, proposals_of
 from experiments.data.regions import RoIBatches, images_with_rois, scale_of, scaled
-from experiments.data.voc import CLASSES, Split, open_split
+from experiments.data.voc import Split, open_split, set_outputs
 from experiments.engine import run
+from experiments.engine.command import command
 from experiments.engine.figures import encoded
-from experiments.engine.initialization import LOOKS_AT_IMAGES, absent_weights, once, set_weights
+from experiments.engine.initialization import absent_weights, once, set_weights
 from experiments.engine.trainer import train_as
+from experiments.networks import make_network
+from experiments.progress import pace
+from initializers._images import open_image
 
 NEW_LAYERS = ("fast_rcnn", "initialized")
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="voc_det")
-@run.one_line_errors
+@command("voc_det")
 def main(cfg: DictConfig) -> None:
+    set_outputs(cfg)
     run.execute(cfg, train_and_test, left_out=absent_weights(cfg.init) if cfg.published else "")
 
 
@@ -45,13 +46,13 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
     prepare(cfg.data)
     training, cache = open_split(cfg.data, cfg.data.train, device)
     test, test_cache = open_split(cfg.data, cfg.data.test, device)
-    objects, truth = (objects_of(cfg, split) for split in (training, test))
+    objects, truth = objects_of(cfg, training, cache), objects_of(cfg, test, test_cache)
     proposals, recall = proposals_of(cfg, cfg.data.train, training, cache, objects)
     test_proposals, test_recall = proposals_of(cfg, cfg.data.test, test, test_cache, truth)
 
     rois = detection.make_rois(proposals, [(found.boxes, found.classes) for found in objects])
-    model = FastRCNN(instantiate(cfg.model), len(CLASSES), **cfg.detector).to(device)
-    statistics = rois.target_statistics(len(CLASSES))
+    model = FastRCNN(make_network(cfg.model, len(training.classes)), len(test.classes), **cfg.detector).to(device)
+    statistics = rois.target_statistics(len(test.classes))
     model.target_mean.copy_(statistics[0])
     model.target_std.copy_(statistics[1])
     start = once(folder, lambda: initialize(cfg, model, cache, rois))
@@ -61,12 +62,12 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
 
     began = time.perf_counter()
     found = detect_all(cfg, model, test_cache, test_proposals)
-    precision = detection.voc_ap(found, truth, len(CLASSES))
+    precision = detection.voc_ap(found, truth, len(test.classes))
     metrics = {name: precision[name] for name in ("map_voc11", "map_area")}
-    metrics |= detection.coco_ap(found, truth, len(CLASSES))
-    detection.write_detections(folder, cfg.data.test, test.ids, CLASSES, found)
+    metrics |= detection.coco_ap(found, truth, len(test.classes))
+    detection.write_detections(folder, cfg.data.test, test.ids, test.classes, found)
     files.write_bytes(folder / "detections.jpg", draw(test, found, cfg.evaluate.pictures))
-    per_class = pd.DataFrame({kind: precision[kind] for kind in ("voc11", "area")}, index=CLASSES)
+    per_class = pd.DataFrame({kind: precision[kind] for kind in ("voc11", "area")}, index=test.classes)
     about = {
         "data": describe(cfg.data.name, cache, test_cache),
         "proposals": {cfg.data.train: recall, cfg.data.test: test_recall},
@@ -82,7 +83,7 @@ def report(
 ) -> None:
     """Write the record and print what came out."""
     classes = per_class.astype(object).where(per_class.notna(), None).T.to_dict()
-    run.write_record(folder / "record.json", cfg, device, metrics=metrics, per_class=classes, **about)
+    run.write_record(run.record_of(folder, cfg)[0], cfg, device, metrics=metrics, per_class=classes, **about)
     per_class.loc["mean"] = [metrics["map_voc11"], metrics["map_area"]]
     print(f"\naverage precision on {cfg.data.test} of {cfg.data.name}, percent")
     print((100 * per_class).to_string(float_format="%.1f"))
@@ -99,7 +100,7 @@ def initialize(cfg: DictConfig, model: FastRCNN, cache: ImageCache, rois: RoIs) 
     if cfg.new_layers not in NEW_LAYERS:
         raise ValueError(f"new_layers={cfg.new_layers}: choose {' or '.join(NEW_LAYERS)}")
     images = None
-    if cfg.init.method in LOOKS_AT_IMAGES:
+    if "images" in cfg.init:
         each, foreground = cfg.batch.per_batch // cfg.batch.images, cfg.batch.foreground
         images = images_with_rois(
             cache,
@@ -125,7 +126,7 @@ def detect_all(cfg: DictConfig, model: FastRCNN, cache: ImageCache, proposals: P
     """Detections in all images, at one scale."""
     model.eval()
     found = []
-    for image in tqdm(range(len(cache)), "detect", unit=" images", mininterval=1):
+    for image in tqdm(range(len(cache)), "detect", unit=" images", **pace()):
         height, width = int(cache.heights[image]), int(cache.widths[image])
         scale = scale_of(height, width, cfg.evaluate.short, cfg.evaluate.longest)
         picture = scaled(cache, image, scale, cfg.mean)
@@ -141,14 +142,13 @@ def draw(split: Split, found: Detections, count: int) -> bytes:
     for axis in axes.flat:
         axis.axis("off")
     for axis, image in zip(axes.flat, range(0, len(split.ids), max(1, len(split.ids) // count)), strict=False):
-        with Image.open(split.image_paths[image]) as picture:
-            axis.imshow(picture.convert("RGB"))
+        axis.imshow(open_image(split.image_paths[image]))
         rows = (found.images == image).nonzero().flatten()
         rows = rows[found.scores[rows].argsort(descending=True)]
         for row in rows[: max(1, int((found.scores[rows] > 0.5).sum()))].tolist():
             x1, y1, x2, y2 = found.boxes[row].tolist()
             axis.add_patch(plt.Rectangle((x1, y1), x2 - x1 + 1, y2 - y1 + 1, fill=False, color="red"))
-            label = f"{CLASSES[found.classes[row]]} {found.scores[row]:.2f}"
+            label = f"{split.classes[found.classes[row]]} {found.scores[row]:.2f}"
             axis.text(x1, y1, label, color="white", fontsize=7, backgroundcolor=(1, 0, 0, 0.6))
     figure.tight_layout()
     return encoded(figure, "jpg", dpi=80)

@@ -37,8 +37,10 @@ from torch import Tensor, nn
 
 import initializers
 from initializers._filters import Filters
+from initializers._images import in_one_line, open_image
 from initializers._initialize import Nonhomogeneous
 from initializers._propagate import Lrn
+from initializers._weights_file import read_state, taken, without_prefixes
 
 USAGE = "python -m initializers FACTORY --images WHERE --out FILE [options]"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
@@ -195,8 +197,8 @@ def read_images(paths: list[Path], size: int, mean: list[float], std: list[float
     from PIL import Image, ImageOps
 
     def read(path: Path) -> Tensor:
-        with explained(f"cannot read the image {path}: replace or remove it"), Image.open(path) as image:
-            pixels = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR).tobytes()
+        with explained(f"cannot read the image {in_one_line(path)}: replace or remove it"):
+            pixels = ImageOps.fit(open_image(path), (size, size), Image.Resampling.BILINEAR).tobytes()
         return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(size, size, 3)
 
     with ThreadPoolExecutor() as pool:
@@ -217,28 +219,29 @@ def build(factory: str, options: dict[str, object]) -> nn.Module:
 
 
 def load(model: nn.Module, path: Path) -> None:
-    """Load the state dict that the file is, or has under "state_dict" or "model"."""
-    with explained(f"--load {path}: this is no state dict of tensors, as torch.save or safetensors writes it"):
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), dict)), state)
-        shapes = {name: [*tensor.shape] for name, tensor in state.items()}
+    """Load the state dict that the file is or holds, in any of the layouts of `_weights_file`; say what was taken."""
+    try:
+        state, key = read_state(path)
+        state, prefixes = without_prefixes(state, model.state_dict())
+    except (ValueError, OSError) as error:
+        raise UserError(f"--load: {error}") from error
+    shapes = {name: [*tensor.shape] for name, tensor in state.items()}
     own = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
     misshaped = [name for name in own if shapes.get(name, own[name]) != own[name]]
-    fitting = {name: tensor for name, tensor in state.items() if name not in misshaped}
+    integers = [name for name, _ in model.named_parameters() if name in state and not state[name].is_floating_point()]
+    fitting = {name: tensor for name, tensor in state.items() if name not in (*misshaped, *integers)}
     missing, unexpected = model.load_state_dict(fitting, strict=False)  # forgives what torch forgives in old files
     wrong = {
-        "missing": [name for name in missing if name not in misshaped],
+        "missing": [name for name in missing if name not in (*misshaped, *integers)],
         "unexpected": unexpected,
         "of another shape": [f"{name} {shapes[name]} for {own[name]}" for name in misshaped],
+        "not of floats": integers,
     }
     texts = [f"{len(names)} {what}, such as {', '.join(names[:3])}" for what, names in wrong.items() if names]
     if texts:
         raise UserError(f"--load {path} does not fit the network: {'; '.join(texts)}. Change FACTORY or --set")
+    if text := taken(key, prefixes):
+        print(f"--load {path}: {text}")
 
 
 def weights_file(model: nn.Module, path: Path, settings: dict[str, object]) -> bytes:

@@ -1,17 +1,31 @@
-"""Write results/tables/ from the records in results/runs/, the published numbers in results/paper/, and results/bench/.
+"""Make tables from the records of runs, beside the published numbers in results/paper/.
 
-python scripts/make_tables.py
+    python scripts/make_tables.py                               # results/runs -> results/tables
+    python scripts/make_tables.py --runs outputs --out tables   # of one's own
+
+Initializations of one's own are rows below the paper's; networks and data of one's own have blocks of their own,
+without published numbers.
 """
 
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from experiments.engine.run import NOT_IDENTITY, init_key
-from experiments.files import write_text
+from experiments.engine.records import (
+    CAFFENET,
+    ITERATIONS,
+    USUAL,
+    assigned,
+    by_initialization,
+    differing,
+    make_files,
+    no_record,
+    one_of_each_seed,
+    read_records,
+    unusual,
+)
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -24,10 +38,9 @@ BASELINES = {
 METRICS = {"map_step": "step AP", "map_voc11": "11-point AP"}
 DETECTION_METRICS = {"map_voc11": "11-point AP", "map_area": "area AP", "coco_ap": "COCO AP"}
 ORIGIN = ("data", "device", "versions", "commit")
-ITERATIONS = "config.train.iterations"
 
-CAFFENET = "experiments.networks.CaffeNet"
 NETWORKS = {"GoogLeNet": "experiments.networks.GoogLeNet", "VGG-16": "experiments.networks.VGG16"}  # of section 4.4
+TARGET, OPTIMIZER, BATCH_NORM = "config.model._target_", "config.optimizer.name", "config.model.batch_norm"
 SCALINGS = {"none": "no scaling", "within": "Within-layer", "between": "Between-layer", "both": "Both"}
 
 TABLE1 = """\
@@ -136,77 +149,72 @@ MEASURES += ("spread_after_scaling", "output_change_scaling", "noted_layers", "f
 
 
 def main() -> None:
-    try:
-        tables = make_tables(RESULTS / "runs", RESULTS / "paper", RESULTS / "bench" / "families.json")
-        for name, text in tables.items():
-            write_text(RESULTS / "tables" / name, text)
-            print(RESULTS / "tables" / name)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    make_files(__doc__, RESULTS / "runs", RESULTS / "tables", tables_of)
 
 
-def make_tables(runs: Path, paper: Path, families: Path | None = None) -> dict[str, str]:
-    """File name -> text of every table, from the records (*.json) anywhere under `runs`.
+def tables_of(folders: list[Path], paths: list[Path]) -> dict[str, str]:
+    """The tables of the records `paths` under `folders`; that of the networks of torchvision with our own records."""
+    if folders == [RESULTS / "runs"]:
+        return make_tables(paths, RESULTS / "paper", RESULTS / "bench" / "families.json")
+    names = ", ".join(f"`{folder}`" for folder in folders)
+    tables = make_tables(paths, RESULTS / "paper")
+    return {name: text.replace("`results/runs/`", names) for name, text in tables.items()}
+
+
+def make_tables(paths: Sequence[Path], paper: Path, families: Path | None = None) -> dict[str, str]:
+    """File name -> text of every table, from records.
 
     The table of the networks of torchvision is made where `families` is there.
 
     Raises:
-        ValueError: a file that is no result record, or records that cannot be averaged; both are named.
+        ValueError: a file that is no result record, by name.
     """
-    records = read_records(runs, "voc_cls")
-    caffenet, plain, others = records, records, records
+    records = results(paths, "voc_cls", METRICS)
+    names = own_weights(paths)
+    beginnings = caffenet = others = records
     if not records.empty:
-        caffenet = records[records["config.model._target_"] == CAFFENET]
-        sgd = records[records["config.optimizer.name"] == "sgd"]
-        plain = sgd[(sgd["config.model._target_"] == CAFFENET) & (sgd["config.model.batch_norm"] == "False")]
-        others = sgd[sgd["config.model._target_"].isin(NETWORKS.values())]
-    beginnings, caffenet, plain = plain, long_enough(caffenet), long_enough(plain)
-    scratch, trained = by_start(plain)
-    names = own_weights(runs)
+        shown = begins(records, paper)
+        long = records[~shown | (records[ITERATIONS].astype(int) >= SHORT)]
+        beginnings, caffenet, others = records[shown], long[long[TARGET] == CAFFENET], long[long[TARGET] != CAFFENET]
+    scratch, trained = by_start(outside_table1(caffenet, paper))
     tables = table1(caffenet, paper) | table2(scratch, paper) | table3(trained, paper, names) | section44(others, paper)
     tables |= first_losses(beginnings, paper)
-    tables |= detection(read_records(runs, "voc_det", DETECTION_METRICS), paper, names)
+    tables |= detection(results(paths, "voc_det", DETECTION_METRICS), paper, names)
     if families is not None and families.exists():
         tables |= families_table(families)
     return tables
 
 
-def read_records(runs: Path, experiment: str, metrics: Mapping[str, str] = METRICS) -> pd.DataFrame:
-    """One row per record of `experiment`; the columns `config.*` hold its configuration as text."""
-    rows = []
-    for path in sorted(runs.rglob("*.json")):
-        if path.name == "init.json":  # what a run keeps beside its record
-            continue
-        try:
-            record = json.loads(path.read_text())
-            if record["experiment"] != experiment:
-                continue
-            config = record["config"]
-            row = {name: record[name] for name in ("preset", "seed", "data", "device")}
-            row |= {name: 100 * float(record["metrics"][name]) for name in metrics}
-            if not all(0 <= row[name] <= 100 for name in metrics):
-                raise ValueError(f"{record['metrics']} are not between 0 and 1")
-            row["device"] += ", TF32" * config.get("tf32", False)
-            row["path"] = str(path)
-            row["init"] = init_key(config["init"])
-            row["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-            row["commit"] = (record["git_commit"] or "unknown")[:10] + " with changes" * record["git_dirty"]
-            row |= {f"config.{name}": str(value) for name, value in pd.json_normalize(config).iloc[0].items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no result record ({error!r}): repair it or remove it") from error
-        rows.append(row)
-    return pd.DataFrame(rows)
+def results(paths: Sequence[Path], experiment: str, metrics: Mapping[str, str]) -> pd.DataFrame:
+    """The records of an experiment: `init` tells initializations apart, and each has one record of a seed."""
+    records = read_records(paths, experiment, metrics)
+    if records.empty:
+        return records
+    blocks = map(by_initialization, by_protocol(records).values())
+    return pd.concat([one_of_each_seed(block, ["init"]) for block in blocks]).sort_index()
 
 
-def long_enough(records: pd.DataFrame) -> pd.DataFrame:
-    """Without the runs that only show how training begins."""
-    return records if records.empty else records[records[ITERATIONS].astype(int) >= SHORT]
+def begins(records: pd.DataFrame, paper: Path) -> pd.Series:
+    """Which records are of what the paper trains, at a scale that `first_losses` shows."""
+    methods = pd.read_csv(paper / "table2.csv")["init"]
+    same = pd.concat([records[name] == value for name, value in USUAL.items()], axis=1).all(axis=1)
+    return same & records["init"].isin(methods) & records["preset"].isin(["paper", "mini"])
 
 
-def own_weights(runs: Path) -> dict[str, str]:
+def outside_table1(records: pd.DataFrame, paper: Path) -> pd.DataFrame:
+    """The records that Tables 2 and 3 show: of plain networks by SGD, and others that Table 1 has no cell for."""
+    if records.empty:
+        return records
+    cells = pd.read_csv(paper / "table1.csv").query("optimizer != 'sgd' or batch_norm")
+    cells = {*zip(cells["optimizer"], cells["batch_norm"].astype(str), cells["init"], strict=True)}
+    places = zip(records[OPTIMIZER], records[BATCH_NORM], records["init"], strict=True)
+    return records[[place not in cells for place in places]]
+
+
+def own_weights(paths: Sequence[Path]) -> dict[str, str]:
     """Key -> name of the initializations from what `experiments/pretrain.py` trained, by the folders of its records."""
     names = {}
-    for _, row in read_records(runs, "pretrain", {"accuracy": ""}).iterrows():
+    for _, row in read_records(paths, "pretrain", {"accuracy": ""}).iterrows():
         key = f"pretrained {Path(row['path']).parent.name}"
         name = f"position of patches ({row['accuracy']:.1f} % right), from {row['init']}"
         name += " with BatchNorm" * (row.get("config.model.batch_norm") == "True")  # an option of CaffeNet alone
@@ -232,19 +240,24 @@ def table1(records: pd.DataFrame, paper: Path) -> dict[str, str]:
     published = pd.read_csv(paper / "table1.csv")
     columns = ["optimizer", "batch_norm", "filters"]
     blocks: dict[str, list[pd.DataFrame]] = {}  # by protocol
+    elsewhere = set()  # the protocols that are not of the paper's data
     keys = [published["optimizer"], published["batch_norm"]]
     for (optimizer, batch_norm), cells in published.groupby(keys, sort=False):
         if records.empty:
             break
-        own = (records["config.optimizer.name"] == optimizer) & (records["config.model.batch_norm"] == str(batch_norm))
+        own = (records[OPTIMIZER] == optimizer) & (records[BATCH_NORM] == str(batch_norm))
         chosen = records[own & records["init"].isin(cells["init"])]
-        for protocol, block in by_protocol(chosen).items() if len(chosen) else ():
+        for protocol, block in by_protocol(chosen, [OPTIMIZER, BATCH_NORM]).items() if len(chosen) else ():
             means = average(block)[["map_step", "map_step_std", "n"]]
             blocks.setdefault(protocol, []).append(cells.join(means, on="init", how="inner"))
+            if [name for name in unusual(block) if name not in (OPTIMIZER, BATCH_NORM)]:
+                elsewhere.add(protocol)
     texts, parts = [], []
     for protocol, found in (blocks or {"paper": []}).items():
         measured = pd.concat(found)[["map_step", "map_step_std", "n"]] if found else None
         table = published if measured is None else published.join(measured)
+        if protocol in elsewhere:
+            table = table.assign(classification=float("nan"))
         texts.append(f"## Preset {protocol}\n\n{table1_markdown(table, columns)}")
         parts.append(table.assign(preset=protocol))
     return files("table1", TABLE1, texts, pd.concat(parts).drop(columns="source"))
@@ -293,8 +306,11 @@ def first_losses(records: pd.DataFrame, paper: Path) -> dict[str, str]:
     for _, row in records.iterrows():
         path = Path(row["path"]).with_name("curve.csv")
         if row["seed"] == 0 and row["init"] in table.index and row["preset"] in ("paper", "mini") and path.exists():
-            curve = pd.read_csv(path).set_index("step")["loss"]
-            table.loc[row["init"], row["preset"]] = curve.reindex([100, 500]).to_numpy()
+            try:
+                curve = pd.read_csv(path).set_index("step")["loss"].astype(float)
+                table.loc[row["init"], row["preset"]] = curve.reindex([100, 500]).to_numpy()
+            except (KeyError, TypeError, ValueError) as error:
+                raise no_record(path, repr(error)) from error
     lines = [["initialization", *(f"{preset}, {steps}" for preset, steps in columns)]]
     lines.append(["---", *["---:"] * len(columns)])
     for init, row in table.iterrows():
@@ -327,11 +343,20 @@ def section44(records: pd.DataFrame, paper: Path) -> dict[str, str]:
     published = pd.read_csv(paper / "section4.4.csv")
     texts, parts = [], []
     for network, rows in published.groupby("network", sort=False):
-        own = records if records.empty else records[records["config.model._target_"] == NETWORKS[network]]
+        own = records if records.empty else records[records[TARGET] == NETWORKS[network]]
         methods = {init: f"{network}, {init}" for init in rows["init"]}
-        found = blocks(f"{network}, preset", own, methods, rows.set_index("init")["classification"])
+        numbers = rows.set_index("init")["classification"]
+        found = blocks(f"{network}, preset", own, methods, numbers, but=[TARGET])
         texts += found[0]
         parts.append(found[1].assign(network=network))
+    table2 = pd.read_csv(paper / "table2.csv")
+    names = dict(zip(table2["init"], table2["method"], strict=True)) | BASELINES
+    own = records if records.empty else records[~records[TARGET].isin(NETWORKS.values())]
+    for target, found in own.groupby(TARGET) if len(own) else ():
+        title = f"{target.rpartition('.')[2]} (`{target}`), preset"
+        text, rows = blocks(title, found, names_in(names, found), pd.Series(dtype=float), but=[TARGET])
+        texts += text
+        parts.append(rows.assign(network=target))
     return files("section4.4", SECTION44, texts, pd.concat(parts))
 
 
@@ -353,19 +378,22 @@ def blocks(
     methods: dict[str, str],
     numbers: pd.Series,
     metrics: Mapping[str, str] = METRICS,
+    but: Sequence[str] = (),
 ) -> tuple[list[str], pd.DataFrame]:
     """Markdown of each protocol, and all rows: one for each initialization, first those of `methods`, key -> name.
 
     Args:
-        numbers: what is published, by key.
+        numbers: what is published, by key; it stands beside what was trained on the paper's data as the paper does.
+        but: settings that the title or the caller names.
     """
     texts, parts = [], []
-    for protocol, block in by_protocol(records).items():
+    for protocol, block in by_protocol(records, but).items():
+        ours = not [name for name in unusual(block) if name not in but]
         rows = average(block, metrics)
         rows = rows.reindex([*methods, *rows.index.difference(list(methods))]).rename_axis("init")
         rows.insert(0, "method", [methods.get(init, init) for init in rows.index])
-        rows.insert(1, "published", numbers.reindex(rows.index))
-        texts.append(f"## {title} {protocol}\n\n{markdown(rows, metrics)}{origin(block)}")
+        rows.insert(1, "published", numbers.reindex(rows.index) if ours else float("nan"))
+        texts.append(f"## {title} {plain(protocol)}\n\n{markdown(rows, metrics)}{origin(block)}")
         parts.append(rows.reset_index().assign(preset=protocol))
     return texts, pd.concat(parts)
 
@@ -446,21 +474,19 @@ def extent(values: pd.Series) -> str:
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
-def by_protocol(records: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The records by preset and iterations, and by the other settings that differ, but initialization and seed."""
+def by_protocol(records: pd.DataFrame, but: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
+    """The records by preset and iterations, and by the other settings that differ, but initialization and seed.
+
+    Data, networks and training that are not the paper's are always named; the settings in `but` are not.
+    """
     if records.empty:
         return {"paper": records}
-    free = tuple(f"config.{name}" for name in ("init.", "seed", "data.root", *NOT_IDENTITY))
-    found = {}
-    for preset, group in records.groupby("preset"):
-        names = [name for name in differing(group, "config.") if not name.startswith((*free, ITERATIONS))]
+    found: dict[str, pd.DataFrame] = {}
+    for _, group in records.groupby(["preset", *(name for name in USUAL if name not in but)]):
+        named = [name for name in unusual(group) if name not in but]
+        names = [*named, *(name for name in differing(group, but) if name != ITERATIONS)]
         titles = [
-            ", ".join(
-                [
-                    f"{preset}, {int(row[ITERATIONS]):,} iterations",
-                    *(f"{name.removeprefix('config.')}={row[name]}" for name in names),
-                ]
-            )
+            ", ".join([f"{row['preset']}, {int(row[ITERATIONS]):,} iterations", *assigned(row, names)])
             for _, row in group.iterrows()
         ]
         found |= dict(iter(group.groupby(pd.Series(titles, group.index))))
@@ -471,11 +497,6 @@ def average(block: pd.DataFrame, metrics: Mapping[str, str] = METRICS) -> pd.Dat
     """One row per initialization: mean and standard deviation over seeds, and where the numbers come from."""
     rows = {}
     for init, runs in block.groupby("init") if len(block) else ():
-        if names := differing(runs, "config.init."):
-            raise ValueError(f"not one initialization, they differ in {', '.join(names)}: {[*runs['path']]}")
-        twice = runs[runs["seed"].duplicated(keep=False)]
-        if len(twice):
-            raise ValueError(f"more than one record of a seed, keep one: {[*twice['path']]}")
         rows[init] = {name: runs[name].mean() for name in metrics}
         rows[init] |= {f"{name}_std": runs[name].std() for name in metrics}
         rows[init] |= {"n": len(runs), "seeds": " ".join(map(str, sorted(runs["seed"])))}
@@ -483,12 +504,6 @@ def average(block: pd.DataFrame, metrics: Mapping[str, str] = METRICS) -> pd.Dat
     numbers = [*metrics, *(f"{name}_std" for name in metrics)]
     table = pd.DataFrame(rows.values(), index=list(rows), columns=[*numbers, "n", "seeds", *ORIGIN])
     return table.astype(dict.fromkeys(numbers, float) | {"n": "Int64"})  # without records, too
-
-
-def differing(records: pd.DataFrame, prefix: str) -> list[str]:
-    """The columns with this prefix in which the records are not all the same."""
-    names = [name for name in records if name.startswith(prefix)]
-    return [name for name in names if records[name].nunique(dropna=False) > 1]
 
 
 def markdown(rows: pd.DataFrame, metrics: Mapping[str, str]) -> str:
@@ -501,8 +516,15 @@ def markdown(rows: pd.DataFrame, metrics: Mapping[str, str]) -> str:
     for init, row in rows.iterrows():
         published = "" if pd.isna(row["published"]) else f"{row['published']:.1f}"
         counts = ["" if pd.isna(row[name]) else str(row[name]) for name in ("n", "seeds")]
-        lines.append([row["method"], f"`{init}`", published, *(cell(row, name) for name in metrics), *counts])
+        lines.append(
+            [plain(row["method"]), f"`{plain(init)}`", published, *(cell(row, name) for name in metrics), *counts]
+        )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plain(text: str) -> str:
+    """Text that stays within its cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def origin(block: pd.DataFrame) -> str:

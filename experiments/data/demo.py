@@ -7,13 +7,14 @@ and mostly hidden ones carry the difficult flag, so that the class lists hold al
 
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from experiments.data.voc import CLASSES
@@ -106,16 +107,25 @@ def _generate(target: Path, settings: Mapping, write: Callable[[Path], None]) ->
     """`write` the folder `target`, whole or not at all, unless it is there with the same settings."""
     if target.exists():
         return _check_settings(target, settings)
+    unfinished = target.with_name(f".demo-{target.name}")
+    lock = FileLock(f"{unfinished}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".demo-", dir=target.parent) as folder:
-            unfinished = Path(folder) / target.name
-            write(unfinished)
-            (unfinished / "demo.json").write_text(json.dumps(settings))
-            os.rename(unfinished, target)
+        with lock:
+            try:
+                if target.exists():  # another process was faster
+                    return _check_settings(target, settings)
+                if unfinished.exists():  # of a process that was killed
+                    shutil.rmtree(unfinished)
+                write(unfinished)
+                (unfinished / "demo.json").write_text(json.dumps(settings))
+                os.rename(unfinished, target)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it sees that and takes a new one
+    except FileExistsError:
+        raise
     except OSError as error:
-        if target.exists():  # another process was faster
-            return _check_settings(target, settings)
         raise OSError(f"cannot write the demo set to {target}: {error}") from error
     return target
 

@@ -16,16 +16,18 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from tqdm import tqdm
 
 from experiments.data.draws import seeded
 from experiments.data.images import ImageCache, read_scaled, squash
 from experiments.files import append_line
+from initializers._images import in_one_line
 
 HELD_OUT = 5  # of images that come without a division into training and validation, every fifth of a class validates
 BAD = -1  # label of an image that cannot be decoded
+REMEDY = "set workers=0, or give a container more by docker run --ipc=host or --shm-size=8g"
 ANNOTATIONS = "val_annotations.txt"  # how Tiny ImageNet tells the classes of its validation images
 
 
@@ -126,7 +128,8 @@ class Images:
         paths: image files.
         short: pixels of the short side, to which each image is scaled.
         cache: folder for the decoded images, as `ImageCache.open` keeps them; None decodes them every time.
-        bad: file to which the names of images are appended that cannot be decoded, as they are met.
+        bad: file to which the names of images are appended that cannot be decoded, as they are met; one a line, those
+            with line breaks or bytes that are no text quoted and escaped.
     """
 
     def __init__(self, paths: Sequence[str], short: int, cache: str | Path | None, bad: Path):
@@ -140,6 +143,7 @@ class Images:
     def pixels(self, index: int) -> Tensor:
         """uint8 (height, width, 3), RGB; a single black pixel for an image that cannot be decoded."""
         if self.cache is not None:
+            self.cache.verify(index)
             return self.cache.image(index)
         return torch.from_numpy(read_scaled(self.paths[index], self.short))
 
@@ -153,6 +157,10 @@ class Images:
 
         Yields:
             `index(number)`, and the images as of `pixels`, on `device`.
+
+        Raises:
+            ValueError: none of the images can be decoded, or their cache is damaged.
+            OSError: a process that decodes has died, or there is no room to pass on what it has decoded.
         """
         on_gpu = device.type == "cuda"
         batches = DataLoader(
@@ -164,7 +172,7 @@ class Images:
             pin_memory=on_gpu,
             generator=torch.Generator(),  # else it draws from the global one, as dropout does
         )
-        for chosen, pixels, shapes in batches:
+        for chosen, pixels, shapes in _explained(batches):
             areas = [height * width for height, width, _ in shapes]
             parts = pixels.to(device, non_blocking=on_gpu).split(areas)
             found = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -174,8 +182,28 @@ class Images:
     def _name(self, bad: list[int]) -> None:
         for index in sorted({*bad} - self.named):
             self.named.add(index)
-            tqdm.write(f"cannot decode the image {self.paths[index]}: left out", file=sys.stderr)
-            append_line(self.bad, self.paths[index])
+            name = in_one_line(self.paths[index])
+            tqdm.write(f"cannot decode the image {name}: left out", file=sys.stderr)
+            append_line(self.bad, name)
+        if len(self.named) == len(self):
+            raise none_left(self.paths)
+
+
+def none_left(paths: Sequence[str]) -> ValueError:
+    return ValueError(f"none of {len(paths)} images, such as {in_one_line(paths[0])}, can be decoded: mend data.root")
+
+
+def _explained(batches: Iterable) -> Iterator:
+    """The batches of a `DataLoader`; what ends one of its processes as one line."""
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:  # torch puts the traceback of the process before the message
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(str(error).splitlines()[-1].removeprefix(f"{type(error).__name__}: ")) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(f"a process that decodes images has died, for lack of memory perhaps: {REMEDY}") from error
 
 
 class _Batches(Dataset):
@@ -187,7 +215,22 @@ class _Batches(Dataset):
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[tuple[int, ...]]]:
         index = self.index(number)
         found = [self.images.pixels(i) for i in index.tolist()]
-        return index, torch.cat([image.reshape(-1, 3) for image in found]), [tuple(image.shape) for image in found]
+        pixels = torch.cat([image.reshape(-1, 3) for image in found])
+        if get_worker_info() is not None:
+            _share(index, pixels)
+        return index, pixels, [tuple(image.shape) for image in found]
+
+
+def _share(*tensors: Tensor) -> None:
+    """Put tensors where the process that trains can see them.
+
+    torch would do so later, in a thread whose error nobody hears of: the other process would wait for ever.
+    """
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        raise OSError(f"no shared memory (/dev/shm) is left to pass decoded images on: {REMEDY}") from error
 
 
 class FolderBatches:
@@ -359,4 +402,6 @@ def whole_images(images: Images, index: Tensor, size: int, mean: Sequence[float]
     """The images `index`, each whole and squashed to a square, on the CPU; without those that cannot be decoded."""
     ((_, found),) = images.load(lambda _: index, [0], 0, torch.device("cpu"))
     good = [image for image in found if not is_bad(image)]
+    if not good:
+        raise none_left([images.paths[i] for i in index.tolist()])
     return squash(ImageCache.of(good), torch.arange(len(good)), size, mean)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -12,9 +13,14 @@ from typing import Self
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
+from PIL.Image import Resampling
 from torch import Tensor
 from tqdm import tqdm
+
+from experiments.progress import pace
+from initializers._images import open_image
+
+CACHE_FORMAT = 2  # to raise when the file or the decoding changes: a file of an older format is not taken for a new one
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,32 +30,36 @@ class ImageCache:
     - `pixels`: uint8 (total pixels, 3), RGB, row after row of image after image.
     - `offsets`: int64 (N,), the index in `pixels` of each image's first pixel.
     - `heights`, `widths`: int64 (N,), in pixels.
+    - `file`, `sums`: where the images lie, and the CRC-32 of each; None for those in memory.
     """
 
     pixels: Tensor
     offsets: Tensor
     heights: Tensor
     widths: Tensor
+    file: Path | None = None
+    sums: list[int] | None = None
 
     @classmethod
     def open(cls, paths: Sequence[Path], folder: str | Path, short: int | None = None) -> Self:
         """Map the decoded images `paths` into memory, from a file in `folder` that the first call makes.
 
         With `short` each is scaled to a short side of so many pixels, and one that cannot be decoded becomes a single
-        black pixel.
+        black pixel. The images of a file that was there are compared with their checksums: all of them here, but with
+        `short`, where there may be a million, only when `verify` is called.
 
         The file belongs to the names, sizes and modification times of `paths` in their order; changed images
         are decoded anew. It appears when it is complete, and of several processes that need it at the same
         time one decodes and the others wait. Grey and CMYK images become RGB. A pixel takes 3 bytes, all of
         VOC 2007 about 6 GB.
 
-        Raises ValueError for empty `paths` and, without `short`, for an image that cannot be decoded, naming it, and
-        OSError if the file cannot be written. Neither leaves a partial file.
+        Raises ValueError for empty `paths`, for a damaged file and, without `short`, for an image that cannot be
+        decoded, naming it, and OSError if the file cannot be written. Neither leaves a partial file.
         """
         if not paths:
             raise ValueError("there are no images to cache: `paths` is empty")
-        stats = [(path.name, path.stat()) for path in paths]
-        key = hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
+        key = hashlib.sha256(repr([_identity(path, missing=short is not None) for path in paths]).encode())
+        key.update(f"format {CACHE_FORMAT}".encode())
         key.update(f"short side {short}".encode() if short else b"")
         file = Path(folder) / f"{key.hexdigest()[:16]}.pixels"
         try:
@@ -63,7 +73,11 @@ class ImageCache:
                 f"cannot write the image cache {file} ({error}): make room, 3 bytes a pixel, "
                 "or set data.cache to another folder"
             ) from error
-        return cls._map(file, len(paths))
+        cache = cls._map(file, len(paths))
+        if short is None:
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(cache.verify, range(len(cache))))  # of a list, so that errors are raised here
+        return cache
 
     @classmethod
     def of(cls, images: Sequence[Tensor]) -> Self:
@@ -75,18 +89,29 @@ class ImageCache:
     @classmethod
     def _map(cls, file: Path, count: int) -> Self:
         """Map a file that `_decode_into` wrote for `count` images."""
-        header, size = 8 * count, file.stat().st_size
+        table, size = 12 * count, file.stat().st_size
+        header = table + 4
         if size > header:
             data = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
-            heights, widths = data[:header].view(torch.int32).view(count, 2).long().unbind(1)
-            areas = heights * widths
-            if size == header + 3 * areas.sum():
-                return cls(data[header:].view(-1, 3), areas.cumsum(0) - areas, heights, widths)
-        raise ValueError(f"the image cache {file} is damaged: delete it, and it is made anew")
+            if zlib.crc32(data[:table].numpy()) == int.from_bytes(data[table:header].numpy().tobytes(), "little"):
+                heights, widths, sums = (
+                    torch.from_numpy(data[:table].numpy().view("<u4").astype(np.int64)).view(-1, 3).T
+                )
+                areas = heights * widths
+                if size == header + 3 * areas.sum():
+                    pixels, offsets = data[header:].view(-1, 3), areas.cumsum(0) - areas
+                    return cls(pixels, offsets, heights, widths, file, sums.tolist())
+        raise ValueError(_damaged(file))
+
+    def verify(self, index: int) -> None:
+        """Raises ValueError: the pixels of an image are not those that were written to its file."""
+        if self.sums is not None and zlib.crc32(self.image(index).numpy()) != self.sums[index]:
+            raise ValueError(_damaged(self.file))
 
     def to(self, device: torch.device | str) -> Self:
         """The cache with all of its tensors on `device` (on the CPU: the same mapped memory)."""
-        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
+        tensors = (self.pixels, self.offsets, self.heights, self.widths)
+        return type(self)(*(tensor.to(device) for tensor in tensors))
 
     def image(self, index: int) -> Tensor:
         """One image, uint8 (height, width, 3), RGB; the same memory."""
@@ -103,24 +128,43 @@ def describe(name: str, training: ImageCache, test: ImageCache) -> str:
     return f"{name}, {len(training)} + {len(test)} images, short side {side} px"
 
 
+def _damaged(file: Path | None) -> str:
+    return f"the image cache {file} is damaged: delete it, and it is made anew"
+
+
+def _identity(path: Path, missing: bool) -> tuple:
+    """What tells an image from another, or from itself before a change; it may be `missing`."""
+    try:
+        status = path.stat()
+    except OSError:
+        if missing:
+            return (path.name,)
+        raise
+    return path.name, status.st_size, status.st_mtime_ns
+
+
 def _decode_into(file: Path, paths: Sequence[Path], decode: Callable[[Path], np.ndarray]) -> None:
-    """Decode `paths` on all cores into `file`: int32 (N, 2) heights and widths, then the pixels."""
-    part, sizes = file.with_suffix(".part"), []
+    """Decode `paths` on all cores into `file`.
+
+    It holds height, width and CRC-32 of each, uint32 (N, 3), the CRC-32 of this table, and the pixels.
+    """
+    part, rows = file.with_suffix(".part"), []
     try:
         with (
             part.open("wb") as out,
             ThreadPoolExecutor() as pool,
-            tqdm(paths, "decoding images", unit=" images") as bar,
+            tqdm(paths, "decoding images", unit=" images", **pace()) as bar,
         ):
-            out.seek(8 * len(paths))
+            out.seek(12 * len(paths) + 4)
             # In blocks, so that little is ever decoded and not yet written.
             for start in range(0, len(paths), 64):
                 for image in pool.map(decode, paths[start : start + 64]):
                     out.write(image)
-                    sizes.append(image.shape[:2])
+                    rows.append((*image.shape[:2], zlib.crc32(image)))
                     bar.update()
             out.seek(0)
-            out.write(np.array(sizes, np.int32))
+            table = np.array(rows, "<u4").tobytes()
+            out.write(table + zlib.crc32(table).to_bytes(4, "little"))
             out.flush()
             os.fsync(out.fileno())
         part.replace(file)
@@ -131,22 +175,23 @@ def _decode_into(file: Path, paths: Sequence[Path], decode: Callable[[Path], np.
 def _decode(path: Path) -> np.ndarray:
     """One image, uint8 (height, width, 3), RGB."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    # Which of these Pillow raises depends on where the file is broken.
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot decode the image {path} ({error}): replace it by an intact file") from error
+        return np.asarray(open_image(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}: replace it by an intact file") from error
 
 
 def read_scaled(path: str | Path, short: int) -> np.ndarray:
-    """One image at a short side of `short` pixels, uint8 (height, width, 3), RGB; a black pixel if it is damaged."""
+    """One image at a short side of `short` pixels, uint8 (height, width, 3), RGB; a black pixel if it is bad.
+
+    Bad is what `open_image` refuses.
+    """
     try:
-        with Image.open(path) as image:
-            scale = short / min(image.size)
-            size = [max(short, round(scale * side)) for side in image.size]
-            return np.array(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        image = open_image(path)
+    except (OSError, ValueError):
         return np.zeros((1, 1, 3), np.uint8)
+    scale = short / min(image.size)
+    size = [max(short, round(scale * side)) for side in image.size]
+    return np.array(image.resize(size, Resampling.BILINEAR))
 
 
 @dataclass(frozen=True, eq=False)

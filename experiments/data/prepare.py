@@ -12,5 +12,5 @@ def prepare(data: Mapping) -> None:
         make_demo(data["root"])
     elif data["name"] == "demo-folders":
         make_demo_folders(data["root"])
-    elif data["name"] == "voc2007" and to_download(data["root"]):
+    elif data["name"] == "voc2007" and data.get("classes") is None and to_download(data["root"]):
         download(data["root"])

@@ -3,26 +3,47 @@
 import hashlib
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 import detection
 from detection import Proposals, Truth
 from experiments.data.images import ImageCache
-from experiments.data.voc import Objects, Split, read_objects
+from experiments.data.voc import Split, read_objects
 
 PUBLISHED = "data/selective_search_data"  # where rbgirshick/fast-rcnn unpacks its proposals
 THRESHOLDS = (0.5, 0.7)  # IoU at which the recall of the proposals is told
 FIRST_PIXEL = 1  # the devkit counts from 1
 
 
-def objects_of(cfg: DictConfig, split: Split) -> list[Truth]:
-    """The objects of all images of a split, their pixels counted from 0."""
+def objects_of(cfg: DictConfig, split: Split, cache: ImageCache) -> list[Truth]:
+    """The objects of all images of a split, their pixels counted from 0; boxes that reach out of an image are cut.
 
-    def truth(found: Objects) -> Truth:
-        return Truth(found.boxes - FIRST_PIXEL, found.classes, found.difficult)
+    How many were cut is printed.
 
-    return [truth(read_objects(cfg.data.root, image_id)) for image_id in tqdm(split.ids, "objects", disable=None)]
+    Raises:
+        ValueError: a box lies outside of its image altogether; others as of `read_objects`.
+    """
+    found, cut = [], 0
+    for image, image_id in enumerate(tqdm(split.ids, "objects", disable=None)):
+        objects = read_objects(cfg.data.root, image_id, split.classes)
+        last = torch.stack([cache.widths[image], cache.heights[image]]).cpu().repeat(2) - 1.0
+        boxes = objects.boxes - FIRST_PIXEL
+        inside = boxes.clamp(min=0).minimum(last)
+        empty = (boxes[:, 2:] < 0).any(1) | (boxes[:, :2] > last[:2]).any(1)
+        if empty.any():
+            number = int(empty.nonzero()[0])
+            raise ValueError(
+                f"the annotation of image {image_id} in {cfg.data.root}: object {number + 1} has the box "
+                f"{objects.boxes[number].tolist()}, outside of the image's {last[0] + 1:.0f} x {last[1] + 1:.0f} "
+                "pixels: correct it"
+            )
+        cut += int((inside != boxes).any(1).sum())
+        found.append(Truth(inside, objects.classes, objects.difficult))
+    if cut:
+        print(f"{cut} boxes of objects reach out of their images and are cut at the border", flush=True)
+    return found
 
 
 def proposals_of(

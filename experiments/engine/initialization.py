@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 import initializers
@@ -14,40 +14,74 @@ from experiments.data.draws import at_random
 from experiments.data.images import ImageCache, squash
 from experiments.engine import run
 from experiments.networks import load_weights
+from experiments.targets import call, named
 
-LOOKS_AT_IMAGES = ("initialize", "lsuv", "pretrained")  # the methods that need images
-FIXED_STD = ("gaussian", "msra", "initialize")  # the methods with a standard deviation for the published widths
+PRETRAINED = f"{__name__}.pretrained"
+# Functions that take no images, and those with a standard deviation for the published widths.
+BLIND = tuple(f"initializers.{name}" for name in ("caffe", "gaussian", "msra", "torch_default", "xavier"))
+FIXED_STD = tuple(f"initializers.{name}" for name in ("gaussian", "msra", "initialize"))
+NOT_OPTIONS = ("name", "_target_", "images", "source")
 
 
 def set_weights(
     model: nn.Module, init: Mapping, images: Tensor | tuple[Tensor, ...] | None, seed: int
 ) -> initializers.Report | None:
-    """Initialize `model` by the method of `init`, a function of `initializers` or `pretrained`, with its options.
+    """Initialize `model` by the function that `init` names as `_target_`, with its options.
 
     Args:
-        images: for the methods of `LOOKS_AT_IMAGES`, a tensor for each input of the model; the others ignore them.
+        init: the function is one of `initializers`, `pretrained`, or one of the user's: f(model, images, *, seed, ...).
+        images: a tensor for each input of the model; the functions `BLIND` are not given them.
 
     Returns:
-        The report of the initialization; None if it looks at no images.
+        The report of the initialization; None if it makes none.
+
+    Raises:
+        ValueError: there is no such function, or it does not take these options.
     """
-    options = {key: value for key, value in init.items() if key not in ("name", "method", "images", "source")}
-    if init["method"] in FIXED_STD:
-        options["factors"] = getattr(model, "std_factors", None)  # networks from elsewhere have none
-    method = pretrained if init["method"] == "pretrained" else getattr(initializers, init["method"])
-    return method(model, *([images] if init["method"] in LOOKS_AT_IMAGES else []), seed=seed, **options)
+    settings = OmegaConf.to_container(OmegaConf.create(dict(init)), resolve=True)
+    target = settings["_target_"]
+    options = {key: value for key, value in settings.items() if key not in NOT_OPTIONS}
+    if target in FIXED_STD:
+        options["factors"] = getattr(model, "std_factors", None)  # a detector of a network from elsewhere has none
+    function = named("init._target_", target)
+    arguments = [model, *([] if target in BLIND else [images])]
+    found = call("init._target_", function, *arguments, seed=seed, **options)
+    return found if isinstance(found, initializers.Report) else None
 
 
 def pretrained(
-    model: nn.Module, images: Tensor | tuple[Tensor, ...], *, seed: int, weights: str | None, rescale: bool, **options
+    model: nn.Module,
+    images: Tensor | tuple[Tensor, ...],
+    *,
+    seed: int,
+    weights: str | None,
+    rescale: bool,
+    skip: Sequence[str] = (),
+    **options,
 ) -> initializers.Report | None:
     """The weights of a file, and with `rescale` equal change rates (section 4.3); the report of `rescale`.
 
+    Layers that the file lacks are initialized by Algorithm 1, as in the authors' code; but for a new last layer.
+
     Args:
-        options: of `initializers.rescale`.
+        skip: layers of the file that are left out.
+        options: of `initializers.rescale`; without `rescale` they have no effect.
     """
     if weights is None:
         raise ValueError("init=pretrained takes its weights from a file: pass init.weights=FILE")
-    print(load_weights(model, weights, seed=seed))
+    loaded = load_weights(model, weights, seed=seed, skip=skip)
+    print(loaded)
+    absent = [name for name in loaded.missing if not name.startswith(f"{model.last_layer}.")]
+    if any(model.get_parameter(name).ndim > 1 for name in absent):
+        kept = [p for name, p in model.named_parameters() if p.requires_grad and name not in absent]
+        try:
+            for parameter in kept:
+                parameter.requires_grad_(False)
+            report = initializers.initialize(model, images, "gaussian", between=False, seed=seed)
+        finally:
+            for parameter in kept:
+                parameter.requires_grad_(True)
+        print(f"initialized by Algorithm 1: {', '.join(row.name for row in report.layers)}")
     return initializers.rescale(model, images, seed=seed, **options) if rescale else None
 
 
@@ -55,7 +89,10 @@ def once(folder: Path, initialize: Callable[[], dict]) -> dict:
     """What `initialize` returns, kept in `init.json`, where a run that goes on reads it; it has its weights already."""
     path = folder / "init.json"
     if run.has_checkpoint(folder):
-        return json.loads(path.read_text())
+        try:
+            return dict(json.loads(path.read_text()))
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            raise ValueError(f"{path} is gone or damaged: delete {folder} to start the run again") from error
     start = initialize()
     files.write_json(path, start)
     return start
@@ -63,7 +100,7 @@ def once(folder: Path, initialize: Callable[[], dict]) -> dict:
 
 def absent_weights(init: Mapping) -> str:
     """Which file of weights is asked for and not there, and where its authors publish it; '' where none is."""
-    if init["method"] != "pretrained" or init["weights"] is None or Path(init["weights"]).exists():
+    if init["_target_"] != PRETRAINED or init["weights"] is None or Path(init["weights"]).exists():
         return ""
     return f"{init['weights']} is not there; its authors publish it at {init['source']}"
 

@@ -1,7 +1,6 @@
 """What a run leaves on disk: folder, checkpoints, record. A file is written whole or not at all."""
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import io
@@ -9,27 +8,39 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import initializers
 from experiments.engine import distributed
 from experiments.files import write_json, write_whole
-from experiments.settings import check
+from experiments.settings import FILTERS, flat
 
-# Settings that change where and how fast a run computes, but not what: they do not tell runs apart.
+RECORD = "record.json"
+# Where the images and proposals lie. A run goes on from one place only, but has the same name on every machine.
+PLACES = ("data.root", "proposals")
+# What only the evaluation reads: the same training may be evaluated in several ways.
+EVALUATION = (
+    "data.test",
+    "evaluate.crops",
+    "evaluate.pairs",
+    "evaluate.longest",
+    "evaluate.nms_threshold",
+    "evaluate.limit",
+    "evaluate.pictures",
+)
+# Settings that change where and how fast a run computes, but not what. None of all these tells runs apart.
 NOT_IDENTITY = (
+    *PLACES,
+    *EVALUATION,
     "device",
     "threads",
     "output",
@@ -40,25 +51,6 @@ NOT_IDENTITY = (
     "evaluate.batch_size",
     "workers",
 )
-
-
-def one_line_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Decorator below `hydra.main`: bad input ends the command with its message alone and exit status 1.
-
-    Bad input is what our own code and the operating system report: ValueError, ArithmeticError, OSError.
-    Anything else is a bug and keeps its traceback; HYDRA_FULL_ERROR=1 shows that of every error.
-    """
-
-    @functools.wraps(main)
-    def wrapper(cfg: DictConfig) -> None:
-        try:
-            main(cfg)
-        except (ValueError, ArithmeticError, OSError) as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra goes on and in the end reports the first only
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            raise CompactHydraException(f"error: {error}") from error
-
-    return wrapper
 
 
 def set_up(device: str, threads: int | None, tf32: bool) -> torch.device:
@@ -95,50 +87,87 @@ def set_up(device: str, threads: int | None, tf32: bool) -> torch.device:
 def execute(
     cfg: DictConfig,
     work: Callable[[DictConfig, Path, torch.device], None],
-    result: str = "record.json",
+    result: str | None = None,
     left_out: str = "",
 ) -> None:
     """Do the work of a run in its folder, and print the path of its result; unless that is there.
 
     Args:
-        work: writes `result` into the folder, last of all.
+        work: writes the record into the folder, last of all.
+        result: the file that it is about, if that is not the record.
         left_out: why the run is none of those asked for; empty if it is.
 
     Raises:
-        ValueError: a setting makes no sense; the folder is not there then.
+        ValueError: the folder holds something else than this run.
     """
     if left_out:
         print(f"not run: {left_out}")
         return
-    check(cfg)
     device = set_up(cfg.device, cfg.threads, cfg.tf32)
     with distributed.processes(device):
         folder = run_folder(cfg)
-        if not is_done(folder / result):
+        record, done = record_of(folder, cfg)
+        if done and (result is None or (folder / result).exists()):
+            print("this run is done; to run it again, delete its folder")
+        else:
             with open_folder(folder) if distributed.rank() == 0 else contextlib.nullcontext():
                 work(cfg, folder, device)
-            print(folder / result)
+        print(folder / result if result else record)
 
 
 def run_folder(cfg: DictConfig) -> Path:
     """Folder of the run that `cfg` describes: `<output>/<experiment>/<preset>-<init>-seed<seed>-<hash>`.
 
-    The hash covers every setting that can change the result, so that the same command finds its run again and
+    The hash covers every setting that can change what is trained, so that the same command finds its run again and
     a changed one never continues it.
     """
-    config = OmegaConf.to_container(cfg, resolve=True)
-    for key in NOT_IDENTITY:
-        *parents, leaf = key.split(".")
-        functools.reduce(dict.__getitem__, parents, config).pop(leaf, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(cfg.output) / cfg.experiment / f"{cfg.preset}-{cfg.init.name}-seed{cfg.seed}-{digest}"
+    return Path(cfg.output) / cfg.experiment / f"{cfg.preset}-{cfg.init.name}-seed{cfg.seed}-{_digest(identity(cfg))}"
 
 
-def is_done(result: Path) -> bool:
-    """Whether a run has left its `result`, the file that it writes last; says so."""
-    if result.exists():
-        print(f"this run is done; to run it again, delete its folder\n{result}")
-    return result.exists()
+def identity(cfg: DictConfig) -> dict:
+    """The settings that tell the training of a run apart from that of others, by dotted key."""
+    return {key: value for key, value in flat(OmegaConf.to_container(cfg, resolve=True)) if key not in NOT_IDENTITY}
+
+
+def record_of(folder: Path, cfg: DictConfig) -> tuple[Path, bool]:
+    """Where the record of `cfg` is, or is to be written, and whether it is there.
+
+    It is `record.json`, or `record-<hash>.json` where the same training was evaluated in another way before.
+
+    Raises:
+        ValueError: a record of the folder is damaged, or of images in another place.
+    """
+    asked = dict(flat(OmegaConf.to_container(cfg, resolve=True)))
+    names = sorted(folder.glob("record*.json"))
+    for path in names:
+        found = dict(flat(_config_of(path)))
+        if all(found.get(key) == asked.get(key) for key in EVALUATION):
+            same_places(path, found, asked)
+            return path, True
+    return folder / (f"record-{_digest({key: asked.get(key) for key in EVALUATION})}.json" if names else RECORD), False
+
+
+def same_places(path: Path, found: Mapping, asked: Mapping) -> None:
+    """Raises ValueError: `path`, of the settings `found`, is of images or proposals in another place than `asked`."""
+    for key in PLACES:
+        here, there = asked.get(key), found.get(key)
+        if here != there and (here is None or there is None or Path(here).resolve() != Path(there).resolve()):
+            raise ValueError(
+                f"{path} is of {key}={there}, not of {here}: give {key}={there} if what is there is the same, or else "
+                "set output to another folder"
+            )
+
+
+def _config_of(record: Path) -> dict:
+    """The settings that a record states."""
+    try:
+        return dict(json.loads(record.read_text())["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} is damaged: delete it, and the same command evaluates the run again") from error
+
+
+def _digest(settings: Mapping) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def init_key(init: Mapping) -> str:
@@ -149,7 +178,10 @@ def init_key(init: Mapping) -> str:
         name = path.parent.name if path.stem == "weights" else path.stem  # of a run of experiments/pretrain.py: its own
         return f"pretrained {name}" + f" init.rescale=true{estimate}" * init["rescale"]
     off = [f" init.{step}=false" for step in ("within", "between") if not init.get(step, True)]
-    if init["name"] == "gaussian" and len(off) == 2:
+    filters = init.get("filters", init["name"])
+    if init["name"] in FILTERS and filters != init["name"]:
+        off.insert(0, f" init.filters={'null' if filters is None else filters}")
+    if init["name"] == "gaussian" and off == [" init.within=false", " init.between=false"]:
         return "gaussian_unscaled"  # the same: N(0, .01²) and no biases
     return init["name"] + "".join(off) + estimate * (" init.between=false" not in off)
 
@@ -186,14 +218,44 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     write_whole(folder / "checkpoint.pt", buffer.getbuffer(), keep=folder / "checkpoint.previous.pt")
 
 
-def load_checkpoint(folder: Path) -> dict | None:
+def settings_of(cfg: DictConfig) -> dict:
+    """What a checkpoint says of its run: the settings that tell its training apart, and where the images lie."""
+    return {key: value for key, value in flat(OmegaConf.to_container(cfg, resolve=True)) if key in PLACES} | identity(
+        cfg
+    )
+
+
+def load_checkpoint(folder: Path, settings: Mapping | None = None) -> dict | None:
     """The newest checkpoint of `folder`, on the CPU; None where there is none.
 
     When it is damaged, a warning names it and the one before is used, for good.
 
+    Args:
+        settings: of the run, as `settings_of` gives them, which the checkpoint has to be of; None: whatever it is of.
+
     Raises:
+        ValueError: it is of another run.
         OSError: no checkpoint can be read, though there are some.
     """
+    state = _newest_checkpoint(folder)
+    if state is not None and settings is not None:
+        found = state.get("settings") if isinstance(state, dict) else None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{folder}/checkpoint.pt is no checkpoint of this program: delete that folder to start again"
+            )
+        same_places(folder / "checkpoint.pt", found, settings)
+        for key in sorted(found.keys() | settings.keys()):
+            if found.get(key) != settings.get(key):
+                raise ValueError(
+                    f"{folder}/checkpoint.pt is of another run, with {key}={found.get(key)} and not "
+                    f"{settings.get(key)}: delete that folder to start the run again"
+                )
+    return state
+
+
+def _newest_checkpoint(folder: Path) -> Any:
+    """The newest checkpoint of `folder` that can be read, which becomes `checkpoint.pt`; None where there is none."""
     newest, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
     found = [path for path in (newest, previous) if path.exists()]
     for path in found:
@@ -245,8 +307,7 @@ def write_record(path: Path, cfg: DictConfig, device: torch.device, **results) -
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
@@ -268,10 +329,20 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def commit() -> dict[str, str | bool | None]:
+    """The commit of this code, and whether files differ from it; None where git does not know this file."""
+    known = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None  # else: of a repository around it
+    changes = _git("status", "--porcelain", "--untracked-files=no") if known else None
+    return {
+        "git_commit": _git("rev-parse", "HEAD") if known else None,
+        "git_dirty": None if changes is None else bool(changes),
+    }
+
+
 def _git(*arguments: str) -> str | None:
-    """What git says about this code; None where the code is in no repository or git is not installed."""
+    """What git says about this code; None where it has nothing to say or is not installed."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):
         return None

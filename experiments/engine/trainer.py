@@ -7,11 +7,11 @@ scores = predict(model, test_cache, crops=10, seed=0, mean=(104, 117, 123), size
 
 import contextlib
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from omegaconf import DictConfig
@@ -24,6 +24,7 @@ from experiments.data.draws import seeded
 from experiments.data.images import Crops, ImageCache, crop, random_crops
 from experiments.engine import distributed, run
 from experiments.engine.optim import lr_policy, make_optimizer, set_lr
+from experiments.progress import pace
 
 CURVE_HEADER = "step,loss,lr,seconds"
 VALIDATION_HEADER = "step,loss,top1,top5"
@@ -109,6 +110,7 @@ def train_as(
         folder=folder,
         log_every=cfg.train.log_every,
         checkpoint_seconds=cfg.train.checkpoint_seconds,
+        settings=run.settings_of(cfg),
         **options,
     )
 
@@ -129,6 +131,7 @@ def train(
     precision: str = "float32",
     validate: Callable[[], tuple[float, float, float]] | None = None,
     validate_every: int = 0,
+    settings: Mapping = MappingProxyType({}),
 ) -> float:
     """Train `model` in place, from the newest checkpoint in `folder` on when there is one.
 
@@ -153,13 +156,14 @@ def train(
         precision: "float32", or "bfloat16" for what torch.autocast computes in it.
         validate: -> loss, top-1 and top-5 accuracy, a row of `validation.csv`; in evaluation mode.
         validate_every: iterations.
+        settings: of the run; its checkpoints name them, and those of other settings are refused.
 
     Returns:
         Seconds of training, those before an interruption included.
 
     Raises:
         FloatingPointError: the loss or a weight is NaN or infinite. No checkpoint is written of that.
-        ValueError: an unknown precision, or less than one batch to accumulate.
+        ValueError: an unknown precision, less than one batch to accumulate, or a checkpoint of another run.
         OSError: the curve or a checkpoint cannot be written, or no checkpoint can be read.
     """
     if precision not in PRECISIONS or accumulate < 1:
@@ -170,8 +174,9 @@ def train(
     device = parameters[0].device
     if device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # the layout oneDNN computes in: a third faster
-    start, seconds = _restore(folder, model, optimizer)
-    journal = _Journal(folder, model, optimizer, iterations, checkpoint_seconds, time.perf_counter() - seconds)
+    start, seconds = _restore(folder, model, optimizer, dict(settings))
+    began = time.perf_counter() - seconds
+    journal = _Journal(folder, model, optimizer, dict(settings), iterations, checkpoint_seconds, began)
     if distributed.rank() == 0:
         _cut(folder / "curve.csv", CURVE_HEADER, math.ceil(start / log_every))
         if validate is not None:
@@ -211,6 +216,7 @@ class _Journal:
     folder: Path
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    settings: dict
     iterations: int
     checkpoint_seconds: float
     began: float  # of the clock, with the seconds before an interruption
@@ -227,7 +233,7 @@ class _Journal:
         if distributed.from_first(lambda: due):
             if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
                 raise _diverged("a weight is NaN or infinite", done, lr)
-            _save(self.folder, self.model, self.optimizer, done, now - self.began)
+            _save(self.folder, self.model, self.optimizer, self.settings, done, now - self.began)
             self.saved = time.perf_counter()
 
 
@@ -322,11 +328,11 @@ def _take(crops: Crops, part: slice) -> Crops:
     return Crops(*(getattr(crops, field.name)[part] for field in fields(crops)))
 
 
-def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> tuple[int, float]:
     """Load the newest checkpoint, or write the first; return iterations done and seconds spent so far."""
-    state = distributed.from_first(lambda: run.load_checkpoint(folder))
+    state = distributed.from_first(lambda: run.load_checkpoint(folder, settings))
     if state is None:
-        _save(folder, model, optimizer, 0, 0.0)
+        _save(folder, model, optimizer, settings, 0, 0.0)
         return 0, 0.0
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -337,18 +343,27 @@ def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     return state["step"], state["seconds"]
 
 
-def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
+def _save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict, step: int, seconds: float
+) -> None:
     random = {"cpu": torch.get_rng_state()}  # dropout draws from the global generators
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
-    state = {"step": step, "seconds": seconds, "random": distributed.gather(random)}
+    state = {"settings": settings, "step": step, "seconds": seconds, "random": distributed.gather(random)}
     if distributed.rank() == 0:
         run.save_checkpoint(folder, state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
 
 def _cut(path: Path, header: str, rows: int) -> None:
     """Begin a table, or keep `rows` rows: a killed run may have written more since its checkpoint."""
-    lines = path.read_text().splitlines()[: 1 + rows] if rows else [header]
+    lines = [header]
+    if rows:
+        lines = path.read_text().splitlines()[: 1 + rows] if path.exists() else []
+        if len(lines) <= rows or lines[0] != header:
+            raise ValueError(
+                f"{path} lacks rows that the checkpoint beside it had: put it back as it was, or delete "
+                f"{path.parent} to start the run again"
+            )
     files.write_text(path, "\n".join(lines) + "\n")
 
 
@@ -359,7 +374,4 @@ def _diverged(what: str, step: int, lr: float) -> FloatingPointError:
 
 
 def _bar(name: str, total: int, unit: str, initial: int = 0) -> tqdm:
-    """A progress bar on a terminal; in a log file, a line every half minute."""
-    interval = 0.2 if sys.stderr.isatty() else 30
-    hidden = distributed.rank() > 0
-    return tqdm(desc=name, total=total, unit=unit, initial=initial, mininterval=interval, disable=hidden)
+    return tqdm(desc=name, total=total, unit=unit, initial=initial, disable=distributed.rank() > 0, **pace())

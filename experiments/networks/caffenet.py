@@ -38,8 +38,8 @@ class CaffeNet(nn.Sequential):
         dropout: probability after fc6 and fc7.
     """
 
-    head = "fc8"
-    heads = ("fc8",)
+    last_layer = "fc8"
+    classifiers = ("fc8",)
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ class GoogLeNet(nn.Sequential):
         dropout: probability before the last layer; the auxiliary classifiers drop .7, as Caffe's do.
     """
 
-    head = "loss3.classifier"
+    last_layer = "loss3.classifier"
 
     def __init__(
         self,
@@ -90,9 +90,9 @@ class GoogLeNet(nn.Sequential):
             self.add_module(name, classifier)
         self.input_size = input_size
         self.auxiliary = auxiliary
-        self.heads = ["loss3.classifier", *(f"{name}.classifier" for name in classifiers)]
+        self.classifiers = ["loss3.classifier", *(f"{name}.classifier" for name in classifiers)]
         layers = [name for name, layer in self.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-        self.caffe_fillers = {name: ("xavier", 0.0 if name in self.heads else 0.2) for name in layers}
+        self.caffe_fillers = {name: ("xavier", 0.0 if name in self.classifiers else 0.2) for name in layers}
 
     @property
     def std_factors(self) -> dict[str, float]:

@@ -3,6 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from experiments.targets import call, named
+
+OURS = "experiments.networks."
+
 
 @runtime_checkable
 class Network(Protocol):
@@ -13,15 +20,44 @@ class Network(Protocol):
     `init=caffe`.
 
     Attributes:
-        head: name of the last layer, which is new where weights come from a network with other outputs.
-        heads: names of all classifiers, `head` among them; several where auxiliary ones are trained.
+        last_layer: name of the last layer, which is new where weights come from a network with other outputs.
+        classifiers: names of all classifiers, `last_layer` among them; several where auxiliary ones are trained.
         input_size: side of the square input in pixels.
         std_factors: what fixed standard deviations are multiplied by, for each layer; see `narrow`.
     """
 
-    head: str
-    heads: Sequence[str]
+    last_layer: str
+    classifiers: Sequence[str]
     input_size: int
 
     @property
     def std_factors(self) -> Mapping[str, float]: ...
+
+
+def make_network(settings: DictConfig, outputs: int) -> nn.Module:
+    """The network that `settings` name as `_target_`, with so many outputs.
+
+    One from elsewhere, which is no `Network`, becomes one: `num_classes=outputs` and all settings but `input_size` are
+    its arguments, its last linear layer or convolution is `last_layer`, and no standard deviation is multiplied.
+
+    Raises:
+        ValueError: there is no such network, it does not take the settings, or has no layer.
+    """
+    options = OmegaConf.to_container(settings, resolve=True)
+    target = options.pop("_target_")
+    if target.startswith(OURS):
+        return call("model._target_", named("model._target_", target), **{**options, "num_outputs": outputs})
+    size = options.pop("input_size")
+    options["num_outputs" if "num_outputs" in options else "num_classes"] = outputs
+    model = call("model._target_", named("model._target_", target), **options)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model._target_={target} returns a {type(model).__name__}: it should return a torch.nn.Module"
+        )
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    if not layers:
+        raise ValueError(f"model._target_={target}: there is no convolution and no linear layer in what it returns")
+    if not isinstance(model, Network):
+        model.last_layer, model.classifiers = layers[-1], layers[-1:]
+        model.input_size, model.std_factors = size, dict.fromkeys(layers, 1.0)
+    return model

@@ -24,8 +24,8 @@ class VGG16(nn.Sequential):
         dropout: probability after fc6 and fc7.
     """
 
-    head = "fc8"
-    heads = ("fc8",)
+    last_layer = "fc8"
+    classifiers = ("fc8",)
 
     def __init__(
         self, num_outputs: int = 20, input_size: int = 224, width: float = 1.0, fc: int = 4096, dropout: float = 0.5

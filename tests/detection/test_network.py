@@ -120,7 +120,7 @@ def test_a_network_that_cannot_be_a_detector():
     for name, layer in (("conv", nn.Conv2d(3, 4, 3)), ("pool5", nn.MaxPool2d(2)), ("fc", nn.Linear(12, 3))):
         other.add_module(name, layer)
     other.add_module("last", nn.Linear(3, 2))
-    other.head = "last"
+    other.last_layer = "last"
     with pytest.raises(ValueError, match="takes 12 values, no square map"):
         FastRCNN(other)
 

@@ -1,6 +1,10 @@
 import json
-import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,8 @@ from PIL import Image
 
 from experiments.data.demo import LOOKS, draw_image, make_demo, make_demo_folders
 from experiments.data.voc import CLASSES, find_devkit, read_objects, read_split
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -166,20 +172,52 @@ def test_nothing_half_written_stays_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_faster_process_wins(tmp_path, monkeypatch):
-    """Another process finishes the same set while this one draws: its set is used, ours leaves no trace."""
-    other = make_demo(tmp_path / "other", num_train=4, num_test=2)
+KILLED = """
+import os, sys
+from experiments.data import demo
+draw, drawn = demo.draw_image, []
+def killed(*arguments):
+    drawn.append(0)
+    return draw(*arguments) if len(drawn) < 4 else os.kill(os.getpid(), 9)
+demo.draw_image = killed
+demo.{make}
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "again"),
+    [
+        ("make_demo(sys.argv[1], num_train=4, num_test=2)", lambda root: make_demo(root, num_train=4, num_test=2)),
+        ("make_demo_folders(sys.argv[1] + '/set', 1, 1, 48)", lambda root: make_demo_folders(root / "set", 1, 1, 48)),
+    ],
+)
+def test_a_kill_leaves_nothing_over_the_next_time(tmp_path, make, again):
+    root, whole = tmp_path / "killed", again(tmp_path / "whole")
+    for _ in range(2):
+        code = KILLED.format(make=make)
+        assert subprocess.run([sys.executable, "-c", code, str(root)], cwd=ROOT, check=False).returncode == -9
+        assert any(path.name.startswith(".demo-") for path in root.iterdir())
+    found = again(root)
+    assert [path.name for path in root.iterdir()] == [found.name]
+    assert files(found) == files(whole)
+
+
+def test_who_waited_takes_the_set_of_a_faster_process(tmp_path, monkeypatch):
     from experiments.data import demo as module
 
-    write = module._write_devkit
+    write, written = module._write_devkit, []
 
-    def slow(devkit, *arguments):
-        write(devkit, *arguments)
-        shutil.copytree(other, tmp_path / "root" / "VOC2007")
+    def slow(*arguments):
+        written.append(0)
+        time.sleep(0.3)
+        write(*arguments)
 
     monkeypatch.setattr(module, "_write_devkit", slow)
-    assert make_demo(tmp_path / "root", num_train=4, num_test=2) == tmp_path / "root" / "VOC2007"
-    assert [path.name for path in (tmp_path / "root").iterdir()] == ["VOC2007"]
+    with ThreadPoolExecutor() as pool:
+        found = [*pool.map(lambda _: make_demo(tmp_path, num_train=4, num_test=2), range(4))]
+    assert found == [tmp_path / "VOC2007"] * 4
+    assert len(written) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["VOC2007"]
 
 
 @pytest.mark.parametrize("bad", [{"num_train": 1}, {"num_test": 0}, {"size": 10}])

@@ -1,5 +1,8 @@
+import contextlib
 import hashlib
 import io
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -20,8 +23,11 @@ TRAINVAL, TEST = module.ARCHIVES
 CUT = 30_000  # bytes after which the mirror "cut" hangs up
 
 
-def md5(data):
-    return hashlib.md5(data).hexdigest()
+def known(archives):
+    return {
+        name: module.Archive(len(data), hashlib.md5(data).hexdigest(), hashlib.sha256(data).hexdigest())
+        for name, data in archives.items()
+    }
 
 
 def make_archive(devkit, splits):
@@ -48,6 +54,80 @@ def archives(tmp_path_factory):
     }
 
 
+def endless(handler, data, start):
+    handler.answer(200)
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(data)
+
+
+def page(handler, data, start):
+    handler.answer(200, **{"Content-Type": "text/html; charset=utf-8"})
+    handler.wfile.write(b"<html>sign in</html>" * 5000)
+
+
+def unlabelled_page(handler, data, start):
+    handler.answer(200)
+    handler.wfile.write(b"<html>sign in</html>" * 5000)
+
+
+def wrong_range(handler, data, start):
+    if not start:
+        return handler.answer(404)
+    handler.answer(206, **{"Content-Range": f"bytes 0-{len(data) - 1}/{len(data)}", "Content-Length": len(data)})
+    handler.wfile.write(data)
+
+
+def reset(handler, data, start):
+    handler.answer(200, **{"Content-Length": len(data)})
+    handler.wfile.write(data[:100])
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+def slow_headers(handler, data, start):
+    handler.trickle(b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 10_000)
+
+
+def slow(handler, data, start):
+    handler.answer(200, **{"Content-Length": len(data)})
+    handler.trickle(data)
+
+
+def continues(handler, data, start):
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+HOSTILE = {
+    "length-abc": lambda handler, data, start: handler.answer(200, **{"Content-Length": "abc"}),
+    "length-negative": lambda handler, data, start: handler.answer(200, **{"Content-Length": "-5"}),
+    "length-short": lambda handler, data, start: handler.answer(200, **{"Content-Length": 5}),
+    "length-huge": lambda handler, data, start: handler.answer(200, **{"Content-Length": 10**30}),
+    "endless": endless,
+    "page": page,
+    "page-unlabelled": unlabelled_page,
+    "loop": lambda handler, data, start: handler.answer(302, Location=handler.path),
+    "nowhere": lambda handler, data, start: handler.answer(302, Location="http://[::1"),
+    "other-scheme": lambda handler, data, start: handler.answer(302, Location="file:///etc/hostname"),
+    "reset": reset,
+    "slow": slow,
+    "slow-headers": slow_headers,
+    "continues": continues,
+    "no-content": lambda handler, data, start: handler.answer(204),
+    "not-http": lambda handler, data, start: handler.wfile.write(b"\x00\xff" * 40),
+    "many-headers": lambda handler, data, start: handler.answer(200, **{f"X-{n}": n for n in range(200)}),
+    "bad-chunks": lambda handler, data, start: handler.wfile.write(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzzz\r\n"
+    ),
+    "range-wrong": wrong_range,
+    "range-absent": lambda handler, data, start: handler.answer(206),
+    "range-other": lambda handler, data, start: handler.answer(206, **{"Content-Range": "bytes 9-1/*"}),
+    "range-refused": lambda handler, data, start: handler.answer(416),
+}
+
+
 class Handler(BaseHTTPRequestHandler):
     """Serves `/<mirror>/<archive>`, where the name of the mirror is its behaviour."""
 
@@ -56,6 +136,8 @@ class Handler(BaseHTTPRequestHandler):
         start = self.headers["Range"] and int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         self.server.requests.append((mirror, name, start))
         data = self.server.archives[name]
+        if mirror in HOSTILE:
+            return HOSTILE[mirror](self, data, start or 0)
         if mirror == "missing":
             return self.send_error(404)
         if mirror == "stalled":
@@ -65,13 +147,27 @@ class Handler(BaseHTTPRequestHandler):
             data = b"not the archive" + data[15:]
         if mirror == "ignores-range":
             start = None
-        if start is not None and start >= len(data):
-            return self.send_error(416)
         rest = data[start or 0 :]
-        self.send_response(200 if start is None else 206)
-        self.send_header("Content-Length", str(len(rest)))
-        self.end_headers()
+        self.answer(
+            200 if start is None else 206,
+            **{"Content-Length": len(rest)},
+            **({} if start is None else {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}),
+        )
         self.wfile.write(rest[:CUT] if mirror.endswith("cut") else rest)
+
+    def answer(self, status, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def trickle(self, data, pause=0.02):
+        """A byte at a time, until the client hangs up."""
+        with contextlib.suppress(OSError):
+            for byte in data:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(pause)
 
     def log_message(self, *arguments):
         pass
@@ -90,7 +186,8 @@ def server(archives, monkeypatch):
             return server
 
         server.use = use
-        monkeypatch.setattr(module, "ARCHIVES", {name: md5(data) for name, data in archives.items()})
+        monkeypatch.setattr(module, "ARCHIVES", known(archives))
+        monkeypatch.setattr(module, "LEAST", 20_000)
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         yield server
         server.shutdown()
@@ -149,7 +246,7 @@ def test_a_part_that_is_complete_is_only_checked(server, archives, tmp_path):
     (tmp_path / f"{TRAINVAL}.part").write_bytes(archives[TRAINVAL])
     download(tmp_path, progress=False)
     assert_complete(tmp_path)
-    assert server.requests == [("good", TRAINVAL, len(archives[TRAINVAL])), ("good", TEST, None)]
+    assert server.requests == [("good", TEST, None)]
 
 
 def test_a_server_that_ignores_range(server, archives, tmp_path):
@@ -166,6 +263,85 @@ def test_a_wrong_checksum_leads_to_the_next_mirror(server, tmp_path):
     assert_complete(tmp_path)
     assert [mirror for mirror, *_ in server.requests] == ["damaged", "good"] * 2
     assert server.requests[1] == ("good", TRAINVAL, None)  # nothing of the damaged file is kept
+
+
+RESUMED = [(mirror, 1000) for mirror in ("endless", "page-unlabelled", "reset", *(m for m in HOSTILE if "range" in m))]
+
+
+@pytest.mark.parametrize(("mirror", "begun"), [*((mirror, 0) for mirror in HOSTILE), *RESUMED])
+def test_a_hostile_mirror_leads_to_the_next(server, archives, tmp_path, monkeypatch, mirror, begun):
+    monkeypatch.setattr(module, "WINDOW", 1)
+    server.use(mirror, "good")
+    if begun:
+        (tmp_path / f"{TRAINVAL}.part").write_bytes(archives[TRAINVAL][:begun])
+    download(tmp_path, progress=False)
+    assert_complete(tmp_path)
+    assert {mirror for mirror, *_ in server.requests} == {mirror, "good"}
+    assert (tmp_path / TRAINVAL).read_bytes() == archives[TRAINVAL]
+
+
+@pytest.mark.parametrize(
+    ("mirror", "reason"),
+    [
+        ("length-abc", "sends 'abc' bytes, not"),
+        ("endless", "sends more than the"),
+        ("page", "sends a page, no archive"),
+        ("loop", "infinite loop"),
+        ("range-other", "sends the range 'bytes 9-1/*', not 'bytes 10-"),
+        ("slow", "fewer than 20000 bytes in 0.3 seconds"),
+        ("slow-headers", "fewer than 20000 bytes in 0.3 seconds"),
+        ("reset", "reset by peer"),
+    ],
+)
+def test_why_a_mirror_was_given_up_is_told(server, archives, tmp_path, monkeypatch, mirror, reason):
+    monkeypatch.setattr(module, "WINDOW", 0.3)
+    server.use(mirror)
+    part = tmp_path / f"{TRAINVAL}.part"
+    part.write_bytes(archives[TRAINVAL][:10])
+    with pytest.raises(ConnectionError) as error:
+        download(tmp_path, progress=False)
+    assert f"/{mirror}/{TRAINVAL}: " in str(error.value)
+    assert reason in str(error.value)
+    if part.exists():
+        assert part.stat().st_size <= len(archives[TRAINVAL])
+
+
+def test_a_mirror_that_is_slow_but_not_too_slow(server, archives, tmp_path, monkeypatch):
+    """Every window brings enough, though all of them together take longer than one."""
+    monkeypatch.setattr(module, "WINDOW", 0.3)
+    monkeypatch.setattr(module, "LEAST", 1000)
+
+    def steady(handler, data, start):
+        handler.answer(200, **{"Content-Length": len(data)})
+        for first in range(0, len(data), -(-len(data) // 20)):
+            handler.wfile.write(data[first : first + -(-len(data) // 20)])
+            time.sleep(0.05)
+
+    monkeypatch.setitem(HOSTILE, "steady", steady)
+    server.use("steady")
+    download(tmp_path, progress=False)
+    assert_complete(tmp_path)
+    assert len(server.requests) == 2
+
+
+def test_a_part_that_is_too_long_is_begun_anew(server, archives, tmp_path):
+    server.use("good")
+    (tmp_path / f"{TRAINVAL}.part").write_bytes(archives[TRAINVAL] + b"more")
+    download(tmp_path, progress=False)
+    assert_complete(tmp_path)
+    assert server.requests[0] == ("good", TRAINVAL, None)
+
+
+@pytest.mark.parametrize("field", ["size", "md5", "sha256"])
+def test_size_md5_and_sha256_are_all_checked(server, archives, tmp_path, monkeypatch, field):
+    server.use()
+    for name, data in archives.items():
+        (tmp_path / name).write_bytes(data)
+    wrong = known(archives)
+    wrong[TRAINVAL] = wrong[TRAINVAL]._replace(**{field: {"size": 5}.get(field, "0" * 64)})
+    monkeypatch.setattr(module, "ARCHIVES", wrong)
+    with pytest.raises(ValueError, match=rf"{TRAINVAL} is damaged \(its sha256 is not .*\): delete it"):
+        download(tmp_path, progress=False)
 
 
 def test_a_damaged_beginning_is_not_held_against_the_mirror(server, archives, tmp_path):
@@ -196,7 +372,7 @@ def test_all_mirrors_failing_is_one_error_with_the_remedy(server, tmp_path, monk
         "preset=demo",
         f"/missing/{TRAINVAL}: HTTP Error 404: Not Found",
         f"/stalled/{TRAINVAL}: timed out",
-        f"/damaged/{TRAINVAL}: wrong md5",
+        f"/damaged/{TRAINVAL}: wrong checksum",
     ):
         assert part in message
     assert [path.name for path in tmp_path.iterdir()] == [".download.lock"]
@@ -248,7 +424,7 @@ def test_what_cannot_be_unpacked_leaves_nothing_behind(server, archives, tmp_pat
     root = tmp_path / "data"
     bad = archives | {TEST: make(archives[TEST])}
     server.archives = bad
-    monkeypatch.setattr(module, "ARCHIVES", {name: md5(data) for name, data in bad.items()})
+    monkeypatch.setattr(module, "ARCHIVES", known(bad))
     with pytest.raises(OSError, match="cannot unpack VOC 2007 to"):
         download(root, progress=False)
     assert {path.name for path in root.iterdir()} == {TRAINVAL, TEST, ".download.lock"}
@@ -282,7 +458,8 @@ def run_with_file_size_limit(root, limit, archives, mirrors):
 import resource
 from pathlib import Path
 from experiments.data import download as module
-module.ARCHIVES = {dict((name, md5(data)) for name, data in archives.items())}
+from experiments.data.download import Archive
+module.ARCHIVES = {known(archives)}
 module.MIRRORS = {mirrors}
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
@@ -355,11 +532,14 @@ def test_the_command_fails_without_a_traceback(server, tmp_path, monkeypatch):
 
 
 def test_the_official_archives():
-    """As torchvision states them, and every mirror gives a folder to which the name is appended."""
+    """md5 as torchvision states it; https before http; a name is appended to every mirror."""
     voc = pytest.importorskip("torchvision.datasets.voc").DATASET_YEAR_DICT
     official = {voc[year]["filename"]: voc[year]["md5"] for year in ("2007", "2007-test")}
-    assert official == module.ARCHIVES
+    assert official == {name: archive.md5 for name, archive in module.ARCHIVES.items()}
+    assert all(len(archive.sha256) == 64 and archive.size > 4e8 for archive in module.ARCHIVES.values())
     assert all(mirror.startswith("http") and mirror.endswith("/") for mirror in module.MIRRORS)
+    schemes = [mirror.partition(":")[0] for mirror in module.MIRRORS]
+    assert schemes == sorted(schemes, reverse=True)
 
 
 def test_only_a_missing_or_begun_folder_is_for_the_download(tmp_path):

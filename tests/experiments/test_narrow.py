@@ -15,11 +15,11 @@ from experiments.networks import VGG16, CaffeNet, GoogLeNet
 
 MINI = {"input_size": 115, "width": 0.5, "fc": 512}
 INITS = {
-    "caffe": {"method": "caffe"},
-    "gaussian_unscaled": {"method": "gaussian", "std": 0.01},
-    "msra": {"method": "msra"},
+    "caffe": {"_target_": "initializers.caffe"},
+    "gaussian_unscaled": {"_target_": "initializers.gaussian", "std": 0.01},
+    "msra": {"_target_": "initializers.msra"},
 }
-FILTERS_ALONE = {"method": "initialize", "filters": "gaussian", "within": False, "between": False}
+FILTERS_ALONE = {"_target_": "initializers.initialize", "filters": "gaussian", "within": False, "between": False}
 
 
 @pytest.mark.parametrize("network", [CaffeNet, VGG16, GoogLeNet])
@@ -84,8 +84,8 @@ def test_other_networks(init, network):
             set_weights(model, INITS[init], None, seed=0)
         return
     set_weights(model, INITS[init], None, seed=0)
-    head = model.get_submodule(model.head).weight
-    expected = {"caffe": (1 / head.shape[1]) ** 0.5}.get(init, 0.01 * model.std_factors[model.head])
+    head = model.get_submodule(model.last_layer).weight
+    expected = {"caffe": (1 / head.shape[1]) ** 0.5}.get(init, 0.01 * model.std_factors[model.last_layer])
     assert head.std().item() == pytest.approx(expected, rel=0.05)
 
 

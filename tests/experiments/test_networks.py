@@ -52,7 +52,7 @@ def test_the_sizes_are_caffes(network):
     output = model(torch.empty(2, 3, model.input_size, model.input_size, device="meta"))
     assert output.shape == (2, 1000)
     assert found == SIZES[network]
-    assert model.get_submodule(model.head).out_features == 1000
+    assert model.get_submodule(model.last_layer).out_features == 1000
 
 
 @pytest.mark.parametrize("input_size", [33, 64, 75])
@@ -102,9 +102,9 @@ def test_every_network_keeps_the_contract(name):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), torch.device("meta"):
         model = instantiate(compose("voc_cls", [f"model={name}"]).model)
     assert isinstance(model, Network)
-    assert model.head in model.heads
-    assert {*model.heads} <= {*model.std_factors}
-    assert all(isinstance(model.get_submodule(head), nn.Linear) for head in model.heads)
+    assert model.last_layer in model.classifiers
+    assert {*model.classifiers} <= {*model.std_factors}
+    assert all(isinstance(model.get_submodule(head), nn.Linear) for head in model.classifiers)
 
 
 @pytest.mark.slow

@@ -1,12 +1,17 @@
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+import initializers
 from experiments import files
 from experiments.engine import run
 
@@ -37,15 +42,97 @@ def test_the_folder_says_what_runs():
 
 def test_where_and_how_fast_it_runs_does_not_tell_runs_apart():
     plain = run.run_folder(config())
-    for same in ("device=cuda", "threads=1", "data.cache=elsewhere", "train.checkpoint_seconds=1"):
-        assert run.run_folder(config(same)) == plain
+    same = ("device=cuda", "threads=1", "data.cache=elsewhere", "train.checkpoint_seconds=1", "data.root=elsewhere")
+    for setting in (*same, "evaluate.crops=1", "evaluate.batch_size=1", "data.test=val"):
+        assert run.run_folder(config(setting)) == plain
 
 
 def test_what_is_computed_does():
     settings = ["preset=mini", "init=pca", "init.bias=0", "seed=1", "tf32=true", "optimizer=adam", "optimizer.lr=1"]
-    settings += ["train.iterations=1", "train.log_every=1", "data.root=elsewhere", "model.width=2", "crop.mirror=false"]
+    settings += ["train.iterations=1", "train.log_every=1", "model.width=2", "crop.mirror=false"]
     folders = {run.run_folder(config(*change)) for change in [[], *([setting] for setting in settings)]}
     assert len(folders) == 1 + len(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ([], "kmeans"),
+        (["init.filters=pca"], "kmeans init.filters=pca"),
+        (["init.filters=null", "init.between=false"], "kmeans init.filters=null init.between=false"),
+        (["init=gaussian", "init.within=false", "init.between=false"], "gaussian_unscaled"),
+        (["init=pca", "init.name=mine"], "mine"),
+    ],
+)
+def test_the_key_of_an_initialization(settings, key):
+    assert run.init_key(config(*settings).init) == key
+
+
+# The record of a run.
+
+
+def record(folder, name="record.json", *overrides):
+    folder.mkdir(exist_ok=True)
+    files.write_json(folder / name, {"config": OmegaConf.to_container(config(*overrides), resolve=True)})
+    return folder / name
+
+
+def test_another_evaluation_has_a_record_of_its_own(tmp_path):
+    folder = tmp_path / "run"
+    assert run.record_of(folder, config()) == (folder / "record.json", False)
+    first = record(folder)
+    assert run.record_of(folder, config()) == (first, True)
+    second, done = run.record_of(folder, config("evaluate.crops=1"))
+    assert not done
+    assert second.name.startswith("record-")
+    record(folder, second.name, "evaluate.crops=1")
+    assert run.record_of(folder, config("evaluate.crops=1")) == (second, True)
+    assert run.record_of(folder, config()) == (first, True)
+    third, done = run.record_of(folder, config("data.test=val"))
+    assert not done
+    assert third not in (first, second)
+
+
+def test_a_record_of_images_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = record(tmp_path / "run", "record.json", "data.root=here")
+    assert run.record_of(tmp_path / "run", config(f"data.root={tmp_path}/here")) == (path, True)
+    message = r"record\.json is of data\.root=here, not of there: give data\.root=here if .* or else set output"
+    with pytest.raises(ValueError, match=message):
+        run.record_of(tmp_path / "run", config("data.root=there"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"config": 3}', '"config"'])
+def test_a_damaged_record_is_not_taken_for_a_result(tmp_path, content):
+    (tmp_path / "record.json").write_text(content)
+    with pytest.raises(ValueError, match=r"record\.json is damaged: delete it, and the same command evaluates"):
+        run.record_of(tmp_path, config())
+
+
+def test_the_commit_is_that_of_this_code(tmp_path):
+    known = run.commit()
+    assert len(known["git_commit"]) == 40
+    assert known["git_dirty"] in (True, False)
+    # A copy of the code within a repository of something else: its commit says nothing of the code.
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    copy = tmp_path / "copy"
+    shutil.copytree(
+        run.Path(run.__file__).parents[1], copy / "experiments", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(run.Path(initializers.__file__).parent, copy / "initializers")
+    code = "from experiments.engine import run; print(run.__file__, run.commit())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(copy)},
+    )
+    assert done.stdout == f"{copy}/experiments/engine/run.py {{'git_commit': None, 'git_dirty': None}}\n"
 
 
 def test_only_one_process_works_in_a_folder(tmp_path):
@@ -134,6 +221,25 @@ def test_killed_between_the_two_renames(tmp_path):
     assert load_quietly(tmp_path)["step"] == 0
     run.save_checkpoint(tmp_path, state(1))
     assert load_quietly(tmp_path)["step"] == 1
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    settings = run.settings_of(config())
+    run.save_checkpoint(tmp_path, {"settings": settings})
+    assert run.load_checkpoint(tmp_path, run.settings_of(config("evaluate.crops=1", "threads=1"))) is not None
+    with pytest.raises(
+        ValueError, match=r"is of another run, with optimizer\.lr=0\.001 and not 0\.1: delete that folder"
+    ):
+        run.load_checkpoint(tmp_path, run.settings_of(config("optimizer.lr=0.1")))
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is of data\.root=.*, not of there: give data\.root="):
+        run.load_checkpoint(tmp_path, run.settings_of(config("data.root=there")))
+
+
+@pytest.mark.parametrize("content", [[1], {"model": {}}, {"settings": 3}, torch.ones(2)])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    run.save_checkpoint(tmp_path, content)
+    with pytest.raises(ValueError, match="is no checkpoint of this program: delete that folder"):
+        run.load_checkpoint(tmp_path, {})
 
 
 def truncate(path):

@@ -1,5 +1,6 @@
 """Settings that make no sense are one line, before anything is done."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from experiments.settings import OPEN, RULES, _flat, check
+from experiments.settings import OPEN, RULES, check, flat
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
 COMMANDS = ("voc_cls", "voc_det", "imagenet", "pretrain", "change_rate", "neighbors")
 GROUPS = [
     *(f"init={path.stem}" for path in sorted((CONFIGS / "init").glob("*.yaml"))),
@@ -37,7 +39,7 @@ def test_every_setting_of_every_command_has_a_rule_and_keeps_it(command):
             choice = "seed=1"
         cfg = config(command, choice)
         check(cfg)
-        keys = {key for key, _ in _flat(OmegaConf.to_container(cfg, resolve=True))}
+        keys = {key for key, _ in flat(OmegaConf.to_container(cfg, resolve=True))}
         assert {key for key in keys if not f"{key}.".startswith(OPEN)} <= RULES.keys()
 
 
@@ -45,7 +47,7 @@ def test_no_rule_is_of_a_setting_that_is_not_there():
     found = set()
     for command in COMMANDS:
         for choice in ["seed=0", *groups_of(command)]:
-            found |= {key for key, _ in _flat(OmegaConf.to_container(config(command, choice), resolve=True))}
+            found |= {key for key, _ in flat(OmegaConf.to_container(config(command, choice), resolve=True))}
     assert found >= RULES.keys()
 
 
@@ -119,6 +121,38 @@ def test_a_setting_that_makes_no_sense_is_one_line(command, override):
 def test_the_commands_say_it_before_they_begin(run, tmp_path, override):
     done = run("voc_cls.py", "init=torch", override)
     assert done.returncode == 1
-    assert f"\nerror: {override}: it should be " in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: {override}: it should be ")
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "override", "close"),
+    [
+        ("voc_cls.py", "optimizer.lrr=0.1", "optimizer.lr is close"),
+        ("voc_cls.py", "lr=0.1", "optimizer.lr is close"),
+        ("voc_cls.py", "inti=kmeans", "init is close"),
+        ("voc_cls.py", "+train.iteration=5", "train.iterations is close"),
+        ("voc_cls.py", "++train.iteration=5", "train.iterations is close"),
+        ("voc_cls.py", "+queries=5", "queries is close"),  # of another command
+        ("voc_cls.py", "zzzzzzzz=5", "--cfg job shows all"),
+        ("change_rate.py", "rates.image=5", "rates.images is close"),
+        ("neighbors.py", "querys=5", "queries is close"),
+    ],
+)
+def test_a_misspelt_setting_says_what_is_close(finish, tmp_path, script, override, close):
+    done = finish([sys.executable, ROOT / "experiments" / script, override])
+    assert done.returncode == 1
+    assert done.stderr == f"error: {override.lstrip('+').partition('=')[0]}: there is no such setting here; {close}\n"
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "override", ["init=kmean", "optimizer.lr=[", "optimizer.lr", "data.root=${oc.env:NOT_THERE_AT_ALL}"]
+)
+def test_what_hydra_finds_wrong_is_one_line_too(finish, tmp_path, override):
+    done = finish([sys.executable, ROOT / "experiments/voc_cls.py", override])
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())

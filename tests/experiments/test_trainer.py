@@ -214,6 +214,7 @@ def test_seconds_add_up_over_interruptions(tmp_path):
     run.save_checkpoint(
         tmp_path,
         {
+            "settings": {},
             "step": 5,
             "seconds": 100.0,
             "random": [{"cpu": torch.get_rng_state()}],

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from experiments.engine.initialization import pretrained
 from experiments.networks import CaffeNet, load_weights, read_weights
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
@@ -51,7 +52,7 @@ def small():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_file_that_caffe_wrote(name, caffe_small):
-    caffe_small.head = "fc5"
+    caffe_small.last_layer = "fc5"
     report = load_weights(caffe_small, REFERENCE / name)
     assert report.loaded == list(caffe_small.state_dict())
     assert report.missing == report.extra == []
@@ -80,7 +81,8 @@ def test_every_kind_of_file(kind, small, tmp_path):
     assert (len(report.loaded), report.missing, report.extra) == (16, [], [])
     for name, tensor in source.state_dict().items():
         assert torch.equal(tensor, target.state_dict()[name]), name
-    assert str(report) == "16 parameters loaded"
+    note = "\ntaken from 'state_dict', prefix 'module.' removed" if kind == "wrapped" else ""
+    assert str(report) == "16 parameters loaded" + note
 
 
 def test_a_last_layer_of_another_size_is_new(small, tmp_path):
@@ -187,3 +189,106 @@ def test_damaged_files(data, tmp_path_factory):
             if content:
                 content[data.draw(st.integers(0, min(limit, len(content)) - 1))] = data.draw(st.integers(0, 255))
     read_or_refuse(bytes(content), tmp_path_factory.getbasetemp() / "fuzz.caffemodel")
+
+
+def typed(*layers):
+    """A file of the current format: (name, type, bottom, top, arrays) of each layer."""
+    parts = []
+    for name, kind, bottom, top, arrays in layers:
+        head = field(1, name.encode()) + field(2, kind.encode()) + field(3, bottom.encode()) + field(4, top.encode())
+        parts.append(field(100, head + b"".join(map(blob, arrays))))
+    return b"".join(parts)
+
+
+def batch_normed(model, inplace):
+    """What Caffe would write of a CaffeNet with BatchNorm: mean and variance times a factor, and a Scale layer."""
+    layers, below = [], "data"
+    for name, module in model.named_children():
+        top = below if inplace and name.startswith(("bn", "relu")) else name
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            kind = "Convolution" if isinstance(module, torch.nn.Conv2d) else "InnerProduct"
+            layers.append((name, kind, below, top, [p.detach().numpy() for p in module.parameters()]))
+        elif name.startswith("bn"):
+            mean, var = module.running_mean.numpy() * 999, module.running_var.numpy() * 999
+            layers.append((f"{name}/norm", "BatchNorm", below, top, [mean, var, np.array([999.0])]))
+            below, top = top, top if inplace else f"{name}s"
+            layers.append((f"{name}/scale", "Scale", below, top, [p.detach().numpy() for p in module.parameters()]))
+        else:
+            layers.append((name, "Other", below, top, []))
+        below = top
+    return typed(*layers)
+
+
+@pytest.fixture
+def normed(small):
+    torch.manual_seed(0)
+    model = CaffeNet(7, batch_norm=True, **small).eval()
+    for name, module in model.named_children():
+        if name.startswith("bn"):
+            for tensor in (module.running_mean, module.running_var, *module.parameters()):
+                torch.nn.init.uniform_(tensor.detach(), 0.5, 2)
+    return model
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_batch_norm_of_caffe(batch_norm, inplace, normed, small, tmp_path):
+    (tmp_path / "a.caffemodel").write_bytes(batch_normed(normed, inplace))
+    target = CaffeNet(7, batch_norm=batch_norm, **small).eval()
+    report = load_weights(target, tmp_path / "a.caffemodel")
+    assert report.missing == report.extra == []
+    assert ("bn1.norm folded into conv1" in str(report)) is not batch_norm
+    images = torch.randn(2, 3, 67, 67)
+    torch.testing.assert_close(target(images), normed(images), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_that_cannot_be_folded(normed, small, tmp_path):
+    ones = np.ones(12)
+    weights = [p.detach().numpy() for p in normed.conv1.parameters()]
+    conv, relu = ("conv1", "Convolution", "data", "conv1", weights), ("relu1", "ReLU", "conv1", "conv1", [])
+    (tmp_path / "a.caffemodel").write_bytes(
+        typed(conv, relu, ("n", "BatchNorm", "conv1", "n", [ones, ones, np.ones(1)]))
+    )
+    model = CaffeNet(7, **small)
+    before = model.conv1.weight.clone()
+    with pytest.raises(ValueError, match=r"n normalises what is not the output .* init.skip=\[n\]"):
+        load_weights(model, tmp_path / "a.caffemodel")
+    assert torch.equal(model.conv1.weight, before)
+    load_weights(model, tmp_path / "a.caffemodel", skip=["n"])
+    assert not torch.equal(model.conv1.weight, before)
+
+
+def test_grey_filters_see_the_grey_values(small, tmp_path):
+    source, target = CaffeNet(7, **small), CaffeNet(7, **small)
+    state = source.state_dict()
+    state["conv1.weight"] = state["conv1.weight"][:, :1].contiguous()
+    torch.save(state, tmp_path / "a.pth")
+    assert "conv1.weight sees grey images" in str(load_weights(target, tmp_path / "a.pth"))
+    images = torch.randn(2, 3, 67, 67)
+    grey = 0.114 * images[:, :1] + 0.587 * images[:, 1:2] + 0.299 * images[:, 2:]
+    expected = torch.nn.functional.conv2d(grey, state["conv1.weight"], state["conv1.bias"], stride=4)
+    torch.testing.assert_close(target.conv1(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_left_out_and_missing_are_initialized(small, tmp_path, capsys):
+    source, target = CaffeNet(7, **small), CaffeNet(7, **small)
+    state = {name: t for name, t in source.state_dict().items() if name.startswith("conv")}
+    state["conv3.weight"] = torch.zeros(3, 3, 3, 3)
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"conv3.weight has shape .* init.skip"):
+        load_weights(target, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="there is no layer conv9 to leave out"):
+        load_weights(target, tmp_path / "a.pth", skip=["conv9"])
+    images = torch.randn(32, 3, 67, 67)
+    pretrained(target, images, seed=0, weights=str(tmp_path / "a.pth"), rescale=False, skip=["conv3"], lrn="exact")
+    assert "initialized by Algorithm 1: conv3, fc6, fc7\n" in capsys.readouterr().out
+    assert torch.equal(target.conv1.weight, source.conv1.weight)
+    assert (target.fc8.bias == 0.1).all()
+    first = [name for name, _ in target.named_children()].index("conv3") + 1
+    outputs = torch.nn.Sequential(*list(target)[:first])(images)
+    torch.testing.assert_close(outputs.std((0, 2, 3)), torch.ones(len(outputs[0])), rtol=1e-2, atol=0)
+    assert all(parameter.requires_grad for parameter in target.parameters())
+    report = pretrained(
+        target, images, seed=0, weights=str(tmp_path / "a.pth"), rescale=True, skip=["conv3"], lrn="exact"
+    )
+    assert report.layers

@@ -1,5 +1,6 @@
 """The command: what it writes is what the library gives, and every error is one line that leaves nothing behind."""
 
+import argparse
 import copy
 import errno
 import json
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 import initializers
-from initializers.__main__ import build, find_images, load, main, read_images, weights_file
+from initializers.__main__ import UserError, build, find_images, load, main, read_images, weights_file
 
 NET = """
 from torch import nn
@@ -197,9 +198,9 @@ def test_options_of_the_library_are_handed_on(rescale, given, folder, monkeypatc
         (["--filters", "kmeans", "--rescale"], "argument --rescale: not allowed with argument --filters"),
         (["--lrn", "exactly"], "argument --lrn: invalid choice: 'exactly'"),
         (["--load", "absent.pt"], "--load absent.pt: there is no such file"),
-        (["--load", "text.pt"], "--load text.pt: this is no state dict of tensors"),
-        (["--load", "text.safetensors"], "--load text.safetensors: this is no state dict of tensors"),
-        (["--load", "list.pt"], "--load list.pt: this is no state dict of tensors"),
+        (["--load", "text.pt"], "--load: text.pt is no state dict of PyTorch, or it is damaged"),
+        (["--load", "text.safetensors"], "--load: text.safetensors is no safetensors file, or it is damaged"),
+        (["--load", "list.pt"], "--load: list.pt holds no state dict: save model.state_dict()"),
         (
             ["--load", "other.pt"],
             "--load other.pt does not fit the network: 8 missing, such as 1.weight, 1.bias, 1.running_mean; "
@@ -324,3 +325,50 @@ def test_images_are_scaled_and_cropped(tmp_path):
     lime, grey = torch.tensor([0, 1, -0.05]), torch.tensor([0.2, -0.6, 0.05])
     torch.testing.assert_close(images[:2, :, 2:-2, 2:-2], lime.view(3, 1, 1).expand(2, 3, 6, 6))
     torch.testing.assert_close(images[2], grey.view(3, 1, 1).expand(3, 10, 10))
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "net", "weights", "mine"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "backbone.", "module._orig_mod.model."])
+def test_layouts_of_checkpoints(key, prefix, tmp_path, capsys):
+    saved, fresh = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 3))
+    options = argparse.Namespace(lr=0.1, out=tmp_path)
+    state = {f"{prefix}{name}": tensor for name, tensor in saved.state_dict().items()}
+    beside = {"args": options, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}, "best": torch.tensor(1.0)}
+    torch.save({key: state} | (beside if key != "mine" else {}), tmp_path / "a.pth")
+    load(fresh, tmp_path / "a.pth")
+    assert torch.equal(fresh[0].weight, saved[0].weight)
+    out = capsys.readouterr().out
+    assert f"taken from '{key}'" in out
+    assert (f"prefix '{prefix}' removed" in out) is bool(prefix)
+
+
+def unusable():
+    values = {"meta": torch.empty(3, 2, device="meta"), "sparse": torch.eye(3).to_sparse()}
+    values |= {"complex": torch.ones(3, 2, dtype=torch.complex64), "claims": torch.zeros(1).expand(10**12)}
+    return values | {"not of floats": torch.ones(3, 2, dtype=torch.int8)}
+
+
+@pytest.mark.parametrize("kind", [*unusable()])
+def test_tensors_that_are_of_no_use(kind, tmp_path):
+    torch.save({"0.weight": unusable()[kind], "0.bias": torch.zeros(3)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=kind):
+        load(nn.Sequential(nn.Linear(2, 3)), tmp_path / "a.pth")
+
+
+class Foreign:
+    pass
+
+
+def test_no_foreign_class_is_built(tmp_path):
+    torch.save({"state_dict": {}, "what": Foreign()}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"Foreign, which is not built: save model.state_dict\(\) alone"):
+        load(nn.Sequential(nn.Linear(2, 3)), tmp_path / "a.pth")
+
+
+def test_grey_images_of_16_bits_are_scaled_and_floats_refused(tmp_path):
+    Image.new("I;16", (12, 12), 128 * 257).save(tmp_path / "a.png")
+    images = read_images([tmp_path / "a.png"], 10, mean=(0, 0, 0), std=(1, 1, 1))
+    torch.testing.assert_close(images, torch.full((1, 3, 10, 10), 128 / 255))
+    Image.new("F", (12, 12), 0.5).save(tmp_path / "b.tif")
+    with pytest.raises(UserError, match=r"cannot read the image .*b\.tif.* mode F, have no known range"):
+        read_images([tmp_path / "b.tif"], 10, mean=(0, 0, 0), std=(1, 1, 1))

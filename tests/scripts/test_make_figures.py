@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.engine.figures import LINES
+from experiments.engine.records import find_records
 from scripts import make_figures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,13 @@ def write(runs, name, *overrides, steps=320, value=1.0):
     folder = runs / "imagenet" / name
     folder.mkdir(parents=True)
     record = {"experiment": "imagenet", "preset": config.preset, "epoch": 8.0, "curve": "curve.csv"}
+    record |= {
+        "seed": config.seed,
+        "device": "a CPU",
+        "versions": {"torch": "2"},
+        "git_commit": None,
+        "git_dirty": None,
+    }
     record |= {"validation": "validation.csv", "config": OmegaConf.to_container(config, resolve=True)}
     (folder / "record.json").write_text(json.dumps(record))
     step = np.arange(1, steps + 1)
@@ -38,6 +46,10 @@ def write(runs, name, *overrides, steps=320, value=1.0):
     pd.DataFrame({"step": step, "loss": 2 * value, "top1": 0.1, "top5": 0.5}).to_csv(
         folder / "validation.csv", index=False
     )
+
+
+def make(folder):
+    return make_figures.make_figures(find_records([folder]))
 
 
 @pytest.fixture
@@ -54,7 +66,7 @@ def test_figure_3_has_three_rows_and_the_papers_lines(tmp_path, drawn):
     for number, (line, overrides) in enumerate(SETTINGS.items()):
         write(tmp_path, line, *overrides, value=3.0 + number)
     assert [*SETTINGS] == [*LINES["figure3"].values()]
-    (content,) = make_figures.make_figures(tmp_path).values()
+    (content,) = make(tmp_path).values()
     assert content.startswith(b"\x89PNG")
     (figure,) = drawn
     axes = np.array(figure.axes).reshape(3, 2)
@@ -76,29 +88,75 @@ def test_each_network_and_preset_has_a_figure(tmp_path):
     write(tmp_path, "a", "init=caffe")
     write(tmp_path, "b", "init=caffe", "preset=mini")
     write(tmp_path, "c", "init=kmeans", "model=googlenet", "preset=mini")
-    assert [*make_figures.make_figures(tmp_path)] == ["figure3-mini.png", "figure3-paper.png", "figure4-mini.png"]
-    assert make_figures.make_figures(tmp_path / "nothing") == {}
+    assert [*make(tmp_path)] == ["figure3-mini.png", "figure3-paper.png", "figure4-mini.png"]
+    assert make_figures.make_figures([]) == {}
 
 
 def test_several_seeds_share_a_line(tmp_path, drawn):
     for seed in range(2):
         write(tmp_path, f"seed{seed}", "init=kmeans", "model=googlenet", f"seed={seed}")
-    make_figures.make_figures(tmp_path)
+    make(tmp_path)
     axis = drawn[0].axes[0]
     assert [line.get_label() for line in axis.get_lines()] == ["k-means, single loss (ours)"] * 2
     assert len({line.get_color() for line in axis.get_lines()}) == 1
     assert len(drawn[0].legends[0].get_texts()) == 1
 
 
-def test_a_record_that_no_figure_shows_is_named(tmp_path):
-    write(tmp_path, "pca", "init=pca")
-    with pytest.raises(ValueError, match=r"pca/record.json is no record that can be drawn .*figure3 has no line"):
-        make_figures.make_figures(tmp_path)
-    (tmp_path / "imagenet" / "pca" / "record.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"KeyError\('config'\)"):
-        make_figures.make_figures(tmp_path)
+def test_what_the_paper_does_not_show_is_a_line_of_its_own(tmp_path, drawn):
+    write(tmp_path, "own", "init=pca", "init.name=_mine$")
+    write(tmp_path, "reference", "init=caffe")
+    write(tmp_path, "no-lrn", "init=pca", "model.lrn=false")
+    write(tmp_path, "rate", "init=caffe", "optimizer.lr=0.5")
+    write(tmp_path, "target", "init=kmeans", "init._target_=my_module.my_init")
+    assert [*make(tmp_path)] == ["figure3-paper.png"]
+    assert [line.get_label() for line in drawn[0].axes[0].get_lines()] == [
+        "Reference, optimizer.lr=0.01",
+        "Reference, optimizer.lr=0.5",
+        r"mine\$, optimizer.lr=0.01",
+        "kmeans init._target_=my_module.my_init, optimizer.lr=0.01",
+        "pca, no LRN, optimizer.lr=0.01",
+    ]
+    assert len({line.get_color() for line in drawn[0].axes[0].get_lines()}) == 5
+
+
+def test_networks_and_data_of_ones_own_have_figures_of_their_own(tmp_path, drawn):
+    write(tmp_path, "a", "init=caffe")
+    write(tmp_path, "b", "init=caffe", "model._target_=torchvision.models.resnet18")
+    write(tmp_path, "c", "init=caffe", "model._target_=my.resnet18")
+    write(tmp_path, "d", "init=caffe", "data.name=my/birds")
+    names = ["figure3-paper.png", "figure3-paper-my-birds.png", "resnet18-paper.png", "resnet18-paper-2.png"]
+    assert sorted(make(tmp_path)) == sorted(names)
+
+
+def test_the_newest_record_of_a_seed_is_drawn(tmp_path, drawn, capsys):
+    for name in ("a", "b"):
+        write(tmp_path, name, "init=caffe", f"threads={len(name)}", f"data.root={name}")
+    make(tmp_path)
+    assert len(drawn[0].axes[0].get_lines()) == 1
+    assert "the same run more than once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("record.json", "{}"),
+        ("record.json", ""),
+        ("curve.csv", ""),
+        ("curve.csv", "step,loss\n"),
+        ("curve.csv", "step,loss\n1,a\n"),
+        ("validation.csv", "step,loss\n2,1\n1,1\n"),
+    ],
+)
+def test_a_damaged_record_or_curve_is_named_and_nothing_is_written(tmp_path, monkeypatch, file, content):
+    write(tmp_path, "a", "init=pca")
+    (tmp_path / "imagenet" / "a" / file).write_text(content)
+    monkeypatch.setattr("sys.argv", ["make_figures.py", "--runs", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=rf"error: .*{file}.* move it") as error:
+        make_figures.main()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_committed_figures_are_those_of_the_records():
-    names = [*make_figures.make_figures(ROOT / "results" / "runs")]
+    names = [*make(ROOT / "results" / "runs")]
     assert sorted(path.name for path in (ROOT / "results" / "figures").glob("figure[34]-*.png")) == names

@@ -2,6 +2,8 @@ import copy
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
+from experiments.engine import records
+from experiments.engine.records import find_records
 from experiments.engine.run import init_key
 from scripts import make_tables
 
@@ -143,7 +147,7 @@ def runs(tmp_path):
             for parent in parents:
                 inner = inner[parent]
             inner[leaf] = value
-        path = folder / "voc_cls" / f"{name}.json"
+        path = folder / "voc_cls" / (f"{name}.json" if "/" in name else f"record-{name}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record))
         return path
@@ -152,7 +156,7 @@ def runs(tmp_path):
 
 
 def make(folder):
-    return make_tables.make_tables(folder, PAPER)
+    return make_tables.make_tables(find_records([folder]) if folder.exists() else [], PAPER)
 
 
 def csv_rows(folder, tmp_path):
@@ -192,7 +196,10 @@ def test_the_other_networks_have_a_block_each(runs, tmp_path):
     add("caffenet", metrics__map_step=0.3)
     tables = make(folder)
     (tmp_path / "section.csv").write_text(tables["section4.4.csv"])
-    rows = pd.read_csv(tmp_path / "section.csv").set_index(["network", "init"])
+    rows = pd.read_csv(tmp_path / "section.csv")
+    adam = rows["preset"] == f"{MINI}, optimizer.name=adam"  # a block of its own, without published numbers
+    assert [*rows[adam]["published"].isna()] == [True, True]
+    rows = rows[~adam].set_index(["network", "init"])
     assert [*rows.index] == [(network, init) for network in ("GoogLeNet", "VGG-16") for init in ("kmeans", "gaussian")]
     assert rows.loc[("VGG-16", "kmeans"), ["published", "map_step", "n"]].tolist() == [53.8, 20.449, 1]
     assert rows["map_step"].count() == 1
@@ -354,7 +361,7 @@ def test_the_order_of_the_files_does_not_matter_and_nothing_is_accumulated(runs,
     add("b", seed=1, metrics__map_step=0.5)
     first = make(folder)
     assert make(folder) == first
-    (folder / "voc_cls" / "a.json").rename(folder / "z.json")
+    (folder / "voc_cls" / "record-a.json").rename(folder / "record-z.json")
     assert make(folder) == first
 
 
@@ -362,11 +369,11 @@ def test_the_order_of_the_files_does_not_matter_and_nothing_is_accumulated(runs,
     ("changes", "reason"),
     [
         ({"metrics": {"map_voc11": 0.3}}, "KeyError('map_step')"),
-        ({"metrics__map_step": float("nan")}, "are not between 0 and 1"),
-        ({"metrics__map_step": 56.6}, "are not between 0 and 1"),
-        ({"metrics__map_step": None}, "TypeError"),
-        ({"config": {}}, "KeyError('init')"),
-        ({"versions": "2.14"}, "AttributeError"),
+        ({"metrics__map_step": float("nan")}, "is not between 0 and 1"),
+        ({"metrics__map_step": 56.6}, "is not between 0 and 1"),
+        ({"metrics__map_step": None}, "is not between 0 and 1"),
+        ({"config": {}}, "config.init: Field required"),
+        ({"versions": "2.14"}, "versions: Input should be"),
     ],
 )
 def test_a_bad_record_is_an_error_that_names_the_file(runs, changes, reason):
@@ -381,22 +388,148 @@ def test_a_bad_record_is_an_error_that_names_the_file(runs, changes, reason):
 @pytest.mark.parametrize("content", [b"", b'{"experiment": "voc_cls", "pre', b"[]", b"\xff\xfe", b"3"])
 def test_a_file_that_is_no_record_is_an_error_that_names_it(runs, content):
     folder, add = runs
-    path = add("good").with_name("bad.json")
+    path = add("good").with_name("record-bad.json")
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(path))):
         make(folder)
 
 
-def test_records_that_cannot_be_averaged_are_named(runs):
+def test_the_newest_of_equal_records_counts_and_is_named(runs, capsys):
     folder, add = runs
-    paths = [add("a"), add("b")]
-    with pytest.raises(ValueError, match="more than one record of a seed") as error:
-        make(folder)
-    assert all(str(path) in str(error.value) for path in paths)
-    paths[1] = add("b", seed=1, config__init__bias=0.0)
-    with pytest.raises(ValueError, match=re.escape("they differ in config.init.bias")) as error:
-        make(folder)
-    assert all(str(path) in str(error.value) for path in paths)
+    add("a", created="2026-01-02T00:00:00+00:00", metrics__map_step=0.3, device="another", config__data__root="there")
+    add("b", created="2026-01-01T00:00:00+00:00", metrics__map_step=0.1, git_commit="0123456789")
+    add("c", metrics__map_step=0.2)
+    assert "| `kmeans` | 56.6 | 30.0 | 27.0 | 1 | 0 |" in make(folder)["table2.md"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"record-a.json is used.*record-c.json, .*record-b.json", line)
+
+
+def test_two_names_of_one_initialization_are_one_row(runs):
+    folder, add = runs
+    both = {"name": "gaussian", "method": "initialize", "within": False, "between": False, "images": 160}
+    add("a", config__init=both, created="2026-01-02T00:00:00+00:00", metrics__map_step=0.3)
+    add("b", config__init={"name": "gaussian_unscaled", "method": "gaussian", "std": 0.01})
+    add("c", config__init={"name": "gaussian_unscaled", "method": "gaussian", "std": 0.02}, metrics__map_step=0.1)
+    text = make(folder)["table2.md"]
+    assert "| `gaussian_unscaled init.std=0.01` |  | 30.0 |" in text
+    assert "| `gaussian_unscaled init.std=0.02` |  | 10.0 |" in text
+    (folder / "voc_cls" / "record-c.json").unlink()
+    assert "| `gaussian_unscaled` | 50.8 | 30.0 | 27.0 | 1 | 0 |" in make(folder)["table2.md"]
+
+
+def test_other_settings_are_never_averaged(runs):
+    folder, add = runs
+    for seed in range(2):
+        add(f"{seed}", seed=seed, config__seed=seed)
+        add(f"bias{seed}", seed=seed, config__seed=seed, config__init__bias=0.0, metrics__map_step=0.1)
+    add("crops", config__evaluate={"crops": 10}, metrics__map_step=0.4)
+    text = make(folder)["table2.md"]
+    assert "| `kmeans init.bias=0.1` |  | 25.0 ± 0.0 | 27.0 ± 0.0 | 2 | 0 1 |" in text
+    assert "| `kmeans init.bias=0.0` |  | 10.0 ± 0.0 | 27.0 ± 0.0 | 2 | 0 1 |" in text
+    assert f"## Preset {MINI}, evaluate.crops=10\n" in text
+
+
+def test_what_is_ones_own_has_rows_and_blocks(runs):
+    folder, add = runs
+    mine = {"name": "mine", "_target_": "my_module.my_init", "gain": 2}
+    add("mine", config__init=mine, metrics__map_step=0.4)
+    add("adam", config__init=mine, config__optimizer={"name": "adam"}, metrics__map_step=0.41)
+    add("named", config__init=mine | {"name": "kmeans"}, metrics__map_step=0.42)
+    add("data", preset="own", config__data={"name": "birds"}, config__train={"iterations": 60}, metrics__map_step=0.43)
+    add("net", config__model={"_target_": "torchvision.models.resnet18"}, metrics__map_step=0.44)
+    add(
+        "det",
+        experiment="voc_det",
+        config__model={"_target_": "my.Net"},
+        metrics={"map_voc11": 0.3, "map_area": 0.3, "coco_ap": 0.1},
+    )
+    tables = make(folder)
+    text = {title: block for title, _, block in (part.partition("\n") for part in tables["table2.md"].split("## ")[1:])}
+    assert [*text] == [
+        f"Preset {MINI}, optimizer.name=adam",
+        f"Preset {MINI}",
+        "Preset own, 60 iterations, data.name=birds",
+    ]
+    assert "| mine | `mine` |  | 40.0 |" in text[f"Preset {MINI}"]
+    assert "| `kmeans init._target_=my_module.my_init` |  | 42.0 |" in text[f"Preset {MINI}"]
+    assert text[f"Preset {MINI}"].index("`lsuv`") < text[f"Preset {MINI}"].index("`mine`")
+    assert "| `mine` |  | 41.0 |" in text[f"Preset {MINI}, optimizer.name=adam"]
+    assert "| `kmeans` |  | 43.0 |" in text["Preset own, 60 iterations, data.name=birds"]
+    assert "56.6" not in text["Preset own, 60 iterations, data.name=birds"]
+    assert "## resnet18 (`torchvision.models.resnet18`), preset mini" in tables["section4.4.md"]
+    assert "| Ours (k-means) | `kmeans` |  | 44.0 |" in tables["section4.4.md"]
+    assert "iterations, model._target_=my.Net" in tables["table2-detection.md"]
+    assert "45.6" not in tables["table2-detection.md"]
+    own = tables["table1.md"].partition("data.name=birds")[2]
+    assert "43.0" in own
+    assert "(" not in own
+
+
+def run_script(*arguments):
+    command = [sys.executable, "-m", "scripts.make_tables", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=make_tables.RESULTS.parent)
+
+
+def test_a_run_folder_copied_whole_is_read(runs, tmp_path):
+    folder, add = runs
+    path = add("cell/record", config__init={"name": "mine", "_target_": "my.init"})
+    for name in ("init.json", "other.json", "recording.json"):
+        path.with_name(name).write_text("junk")
+    path.with_name("checkpoint.pt").write_bytes(b"junk")
+    (folder / "waiting").mkdir()
+    (folder / "waiting" / "checkpoint.pt").write_bytes(b"junk")
+    done = run_script("--runs", folder, folder / "voc_cls", "--out", tmp_path / "out" / "tables")
+    assert (done.returncode, done.stderr) == (0, f"not finished, left out: {folder / 'waiting'}\n")
+    text = (tmp_path / "out" / "tables" / "table2.md").read_text()
+    assert "| mine | `mine` |  | 25.0 | 27.0 | 1 | 0 |" in text
+    assert str(folder) in text
+    assert "results/runs" not in text
+
+
+@pytest.mark.parametrize("arguments", [["--rus", "a"], ["stray"], ["--runs"], ["--runs", "none"], ["--runs", "."]])
+def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["make_tables.py", *arguments])
+    with pytest.raises(SystemExit, match=r"^error: .*--") as error:
+        make_tables.main()
+    assert "\n" not in str(error.value)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_help_is_help(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["make_tables.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        make_tables.main()
+    assert "--runs FOLDER" in capsys.readouterr().out
+
+
+def test_all_tables_are_written_or_none(runs, tmp_path, monkeypatch):
+    folder, add = runs
+    add("kmeans")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "table1.md").write_text("older")
+
+    def full(path, content):
+        if path.name == "table3.md":
+            raise OSError("cannot write table3.md (No space left on device)")
+        path.write_bytes(content)
+
+    monkeypatch.setattr(records, "write_bytes", full)
+    monkeypatch.setattr("sys.argv", ["make_tables.py", "--runs", str(folder), "--out", str(out)])
+    with pytest.raises(SystemExit, match="No space left"):
+        make_tables.main()
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"table1.md": "older"}
+
+
+@pytest.mark.slow
+def test_from_a_demo_run_to_the_table(tmp_path):
+    overrides = ["preset=demo", "init=kmeans", "train.iterations=4", f"output={tmp_path}/outputs"]
+    subprocess.run([sys.executable, "experiments/voc_cls.py", *overrides], check=True, cwd=make_tables.RESULTS.parent)
+    done = run_script("--runs", tmp_path / "outputs", "--out", tmp_path / "tables")
+    assert (done.returncode, done.stderr) == (0, "")
+    text = (tmp_path / "tables" / "table2.md").read_text()
+    assert re.search(r"## Preset demo, 4 iterations, data.name=demo\n(.*\n)*.*`kmeans` \|  \| \d", text)
 
 
 def test_the_command_writes_the_tables_or_says_what_is_wrong(runs, monkeypatch, capsys):
@@ -404,15 +537,15 @@ def test_the_command_writes_the_tables_or_says_what_is_wrong(runs, monkeypatch, 
     add("kmeans")
     results = folder.parent
     (results / "paper").symlink_to(PAPER)
-    (results / "tables").mkdir()
     monkeypatch.setattr(make_tables, "RESULTS", results)
+    monkeypatch.setattr("sys.argv", ["make_tables.py"])
     make_tables.main()
     written = {path.name: path.read_text() for path in (results / "tables").iterdir()}
     assert written == make(folder)
     assert sorted(capsys.readouterr().out.splitlines()) == sorted(str(results / "tables" / name) for name in written)
 
-    (folder / "bad.json").write_text("{")
-    with pytest.raises(SystemExit, match=r"error: .*bad\.json"):
+    (folder / "record-bad.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"error: .*record-bad\.json"):
         make_tables.main()
     assert {path.name: path.read_text() for path in (results / "tables").iterdir()} == written
 
@@ -420,7 +553,7 @@ def test_the_command_writes_the_tables_or_says_what_is_wrong(runs, monkeypatch, 
 def test_the_committed_tables_are_made_from_the_committed_records():
     results: Path = make_tables.RESULTS
     committed = {path.name: path.read_text() for path in (results / "tables").iterdir()}
-    tables = make_tables.make_tables(results / "runs", PAPER, results / "bench" / "families.json")
+    tables = make_tables.make_tables(find_records([results / "runs"]), PAPER, results / "bench" / "families.json")
     assert committed == tables, "run `python scripts/make_tables.py`"
 
 
