@@ -95,7 +95,7 @@ RULES: dict[str, Any] = {
     "batch.foreground": Share,
     "batch.scales": Annotated[list[Count], Field(min_length=1)],
     "batch.longest": Count,
-    "train.iterations": Count,
+    "train.iterations": Index,
     "train.batch_size": Count,
     "train.accumulate": Count,
     "train.precision": Literal["float32", "bfloat16"],

@@ -1,8 +1,12 @@
+import multiprocessing
 import os
+import resource
+import runpy
 import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from torch import nn
@@ -10,6 +14,10 @@ from torch import nn
 from experiments.data.demo import make_demo
 
 ROOT = Path(__file__).resolve().parents[1]
+# A command spends most of a short run on its imports. So its process is forked from one that has done these and nothing
+# else: what the command sees is a process of its own, as from the command line.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([f"experiments.{name}" for name in ("voc_cls", "voc_det", "imagenet", "neighbors")])
 
 
 @pytest.fixture(scope="session")
@@ -39,14 +47,39 @@ def command(demo, tmp_path):
 
 @pytest.fixture
 def finish(tmp_path):
-    """Run a command line to its end, in `tmp_path` and without a network: -> subprocess.CompletedProcess, with text."""
+    """Run a command line to its end, in `tmp_path` and without a network: -> subprocess.CompletedProcess, with text.
 
-    def execute(line, **options):
+    With `disk`, the disk is full for it once a file has that many bytes.
+    """
+
+    def execute(line, *, disk=None):
+        line = [str(word) for word in line]
         environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
         environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-        return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, **options)
+        if line[0] != sys.executable or not line[1].endswith(".py"):  # as with torchrun
+            return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        with TemporaryDirectory() as folder:
+            outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+            process = FORKS.Process(target=run_script, args=(line[1:], tmp_path, environment, outputs, disk))
+            process.start()
+            process.join()
+            return subprocess.CompletedProcess(line, process.exitcode, *(path.read_text() for path in outputs))
 
     return execute
+
+
+def run_script(words, folder, environment, outputs, disk):
+    """What Python does for `python script.py ...`, in a process of its own."""
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    if disk is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    runpy.run_path(words[0], run_name="__main__")
 
 
 @pytest.fixture

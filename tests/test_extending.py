@@ -27,7 +27,7 @@ def picture(path):
 
 
 @pytest.fixture
-def run(demo, finish):
+def run(demo, finish, tmp_path):
     """Run an example for a few iterations, on the demo set where it names no other: -> its record."""
 
     def execute(words, *more):
@@ -35,7 +35,7 @@ def run(demo, finish):
         root = [] if any(word.startswith("data.root=") for word in words) else [f"data.root={demo / 'set'}"]
         done = finish([sys.executable, ROOT / words[1], *words[2:], *root, *SHORT, *more])
         assert done.returncode == 0, done.stderr
-        return json.loads(Path(done.stdout.splitlines()[-1]).read_text())
+        return json.loads((tmp_path / done.stdout.splitlines()[-1]).read_text())
 
     return execute
 

@@ -1,7 +1,6 @@
 """Figure 1, through the command."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ OURS = ["Gaussian (ours)", "k-means (ours)"]
 FAR = ["Gaussian .01", "k-means (unscaled)"]
 
 
-def test_the_figure_its_values_and_its_record(demo, tmp_path):
+def test_the_figure_its_values_and_its_record(demo, finish, tmp_path):
     size = {"num_outputs": 20, "input_size": 67, "width": 0.25, "fc": 64}
     overrides = [f"model.{name}={value}" for name, value in size.items()]
     overrides += [
@@ -26,7 +25,7 @@ def test_the_figure_its_values_and_its_record(demo, tmp_path):
     ]
     overrides += ["init.images=100", "rates.images=30", "threads=1", "seed=3"]
     command = [sys.executable, ROOT / "experiments" / "change_rate.py", *overrides]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = finish(command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "figure1.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -247,8 +247,8 @@ def test_bad_images_are_counted_and_not_fatal(execute, data, tmp_path):
             "error: init.images=900, but there are only 800 images to choose from: lower it",
         ),
         (["published=figure5"], "error: published=figure5: choose figure3, figure4 or null"),
-        (["train.lr_policy=cosine"], "error: train.lr_policy=cosine: choose step or poly"),
-        (["train.precision=half"], "error: train.precision=half, train.accumulate=1: choose float32 or bfloat16"),
+        (["train.lr_policy=cosine"], "error: train.lr_policy=cosine: it should be 'step' or 'poly'"),
+        (["train.precision=half"], "error: train.precision=half: it should be 'float32' or 'bfloat16'"),
     ],
 )
 def test_bad_input_is_one_line(execute, tmp_path, overrides, message):

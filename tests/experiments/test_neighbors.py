@@ -1,7 +1,6 @@
 """Figure 2, through the command."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def find(demo, tmp_path):
+def find(demo, finish, tmp_path):
     """Run the command with some settings."""
 
     def execute(*settings):
@@ -25,7 +24,7 @@ def find(demo, tmp_path):
         overrides += ["data=demo", f"data.root={demo / 'set'}", f"data.cache={demo / 'cache'}"]
         overrides += [f"output={tmp_path / 'out'}", "init.images=100", "threads=1", "queries=5", "neighbors=3"]
         command = [sys.executable, ROOT / "experiments" / "neighbors.py", *overrides, *settings]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return finish(command)
 
     return execute
 

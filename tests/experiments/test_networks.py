@@ -1,6 +1,5 @@
 """The networks are those of their Caffe definitions: parameters, names and sizes of every layer."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -110,11 +109,11 @@ def test_every_network_keeps_the_contract(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*NETWORKS} - {"caffenet"}))  # with which all other tests run them
 @pytest.mark.parametrize("script", COMMANDS)
-def test_every_network_works_in_every_command(name, script, demo, tmp_path):
+def test_every_network_works_in_every_command(name, script, demo, finish, tmp_path):
     data = [f"data.root={demo / 'set'}", f"data.cache={demo / 'cache'}"] if script != "imagenet.py" else []
     if script == "imagenet.py":
         data = [f"data.root={demo / 'folders'}"]
     command = [sys.executable, ROOT / "experiments" / script, *COMMANDS[script], *data, f"model={name}", "threads=1"]
-    done = subprocess.run([*command, f"output={tmp_path}"], cwd=tmp_path, capture_output=True, text=True)
+    done = finish([*command, f"output={tmp_path}"])
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.splitlines()[-1]).exists()

@@ -53,7 +53,7 @@ def test_no_rule_is_of_a_setting_that_is_not_there():
 
 INTEGERS = {
     "voc_cls": [
-        *("init.images", "train.iterations", "train.batch_size", "train.lr_every", "train.log_every", "evaluate.crops"),
+        *("init.images", "train.batch_size", "train.lr_every", "train.log_every", "evaluate.crops"),
         *("evaluate.batch_size", "rates.images", "model.input_size", "model.fc", "crop.size", "threads"),
     ],
     "voc_det": ["batch.images", "batch.per_batch", "batch.longest", "evaluate.limit", "evaluate.short"],
@@ -69,6 +69,7 @@ OTHERS = [
     *("optimizer.bias_lr_mult=-1", "optimizer.bias_lr_mult=two", "seed=-1", "seed=4294967296", "seed=a", "seed=null"),
     *("seed=0.5", "seed=true", "threads=100000", "tf32=maybe", "device=gpu", "device=3", "output=''", "output=null"),
     *("data.mean=5", "data.mean=[1,2]", "data.mean=[1,2,a]", "data.mean=[1,2,300]", "data.root=null", "data.cache=''"),
+    *("train.iterations=-1", "train.iterations=ten", "train.iterations=1.5"),
     *("crop.mirror=2", "crop.min_scale=3", "model.dropout=1", "model.dropout=-0.5", "model.dropout=half"),
     *("model.lrn=exact", "model.num_outputs=0", "init.within=1", "init.between=no_thanks", "init.bias=null"),
     *("init.filters=sift", "init.filters=3", "train.checkpoint_seconds=-1", "train.checkpoint_seconds=soon"),

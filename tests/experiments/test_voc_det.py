@@ -114,7 +114,7 @@ def test_initializations_and_last_layers(run, settings, tmp_path):
         fixed = pytest.approx((std or 0.01) * (4096 / 128) ** 0.5, rel=0.1)
         assert (found == fixed) == (std is not None)
         assert state["target_std"][1:].min() > 0.01
-    assert "new_layers=zero: choose fast_rcnn or initialized" in error_of(
+    assert "new_layers=zero: it should be 'fast_rcnn' or 'initialized'" in error_of(
         run("voc_det.py", *settings, "new_layers=zero")
     )
 
@@ -172,7 +172,7 @@ def test_an_annotation_that_names_an_unknown_class(run, demo, grid, tmp_path):
     path = next((tmp_path / "set").glob("VOC2007/Annotations/*.xml"))
     path.write_text(path.read_text().replace("<name>", "<name>un", 1))
     settings = ("data=voc2007", f"data.root={tmp_path / 'set'}", f"proposals={grid}", "init=xavier")
-    assert f"{path} is not a VOC 2007 annotation (unknown class 'un" in error_of(run("voc_det.py", *settings))
+    assert f"{path} is not an annotation as VOC has them (object 1, 'un" in error_of(run("voc_det.py", *settings))
 
 
 @pytest.mark.skipif(os.environ.get("VOC_ROOT") is None, reason="needs real images: set VOC_ROOT")
