@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from detection.boxes import iou
 from detection.mat import RATIO, read_cells
+from initializers._images import open_image
 
 CORNERS = ("x1", "y1", "x2", "y2")
 SMALL = 1 << 26  # bytes that a file of any size may unpack to
@@ -210,9 +211,7 @@ def search(path: Path) -> np.ndarray:
     import cv2
 
     cv2.setNumThreads(1)  # the processes are as many as the cores
-    image = cv2.imread(str(path))
-    if image is None:
-        raise ValueError(f"cannot decode the image {path}: replace it by an intact file")
+    image = np.ascontiguousarray(np.asarray(open_image(path))[..., ::-1])  # BGR
     finder = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     finder.setBaseImage(image)
     finder.switchToSelectiveSearchFast()

@@ -31,7 +31,7 @@ def append_line(path: Path, line: str) -> None:
         OSError: it could not be written, for instance on a full disk; a part of it may have been.
     """
     try:
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
         raise _cannot_write(path, error) from error

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
@@ -31,6 +30,7 @@ import initializers
 from experiments.data.voc import read_split
 from experiments.engine.run import device_name, versions
 from experiments.files import write_json
+from initializers._images import open_image
 from initializers._layers import Call, Layers, forward
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "bench" / "families.json"
@@ -103,7 +103,7 @@ def load_images(count: int, size: int) -> Tensor:
     paths = read_split(os.environ.get("VOC_ROOT", "data/VOCdevkit"), "train").image_paths
     images = []
     for path in paths[:: len(paths) // count][:count]:
-        image = TF.resize(Image.open(path).convert("RGB"), [size])
+        image = TF.resize(open_image(path), [size])
         images.append(TF.to_image(TF.center_crop(image, [size, size])))
     return TF.normalize(torch.stack(images).float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 

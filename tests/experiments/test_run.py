@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import warnings
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import initializers
@@ -224,8 +228,7 @@ def test_killed_between_the_two_renames(tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    settings = run.settings_of(config())
-    run.save_checkpoint(tmp_path, {"settings": settings})
+    run.save_checkpoint(tmp_path, {"settings": run.settings_of(config())})
     assert run.load_checkpoint(tmp_path, run.settings_of(config("evaluate.crops=1", "threads=1"))) is not None
     with pytest.raises(
         ValueError, match=r"is of another run, with optimizer\.lr=0\.001 and not 0\.1: delete that folder"
@@ -282,6 +285,37 @@ def test_every_checkpoint_damaged(tmp_path):
     ):
         run.load_checkpoint(tmp_path)
     assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("examples", [50, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_any_damage_of_a_checkpoint_is_noticed(tmp_path, examples):
+    path, valid = tmp_path / "checkpoint.pt", {"settings": {"seed": 0}, **state(1)}
+    run.save_checkpoint(tmp_path, valid)
+    whole = path.read_bytes()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @given(st.data())
+    def damage(data):
+        content = bytearray(whole)
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+        content = content[: data.draw(st.integers(0, len(whole)))] if data.draw(st.integers(0, 4)) == 0 else content
+        path.write_bytes(data.draw(st.binary(max_size=300)) if data.draw(st.integers(0, 9)) == 0 else content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                found, error = run.load_checkpoint(tmp_path, {"seed": 0}), ""
+            except OSError as raised:
+                found, error = None, str(raised)
+        if error:
+            assert re.search(f"every checkpoint in {tmp_path} is damaged", error)
+        else:  # the damage is where nothing reads: times of files, comments
+            assert found["step"] == valid["step"]
+            assert torch.equal(found["weights"], valid["weights"])
+
+    damage()
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 1 << 28
 
 
 def test_a_full_disk_leaves_the_old_checkpoints(tmp_path, request):
