@@ -2,11 +2,12 @@ import multiprocessing
 import os
 import resource
 import runpy
+import socket
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from torch import nn
@@ -45,25 +46,66 @@ def command(demo, tmp_path):
     return build
 
 
-@pytest.fixture
-def finish(tmp_path):
-    """Run a command line to its end, in `tmp_path` and without a network: -> subprocess.CompletedProcess, with text.
+class Started:
+    """A command at work, in a process of its own: what `subprocess.Popen` gives, with its output at the end."""
 
-    With `disk`, the disk is full for it once a file has that many bytes.
+    def __init__(self, line, folder, environment, outputs, disk=None):
+        self.line, self.outputs = line, [outputs / name for name in ("stdout", "stderr")]
+        self.process = FORKS.Process(target=run_script, args=(line[1:], folder, environment, self.outputs, disk))
+        self.process.start()
+        self.pid, self.kill = self.process.pid, self.process.kill
+
+    def poll(self):
+        """Its exit status, minus the signal that ended it; None while it is at work."""
+        return self.process.exitcode
+
+    def wait(self, timeout=None):
+        """`poll()` at its end, or after so many seconds."""
+        self.process.join(timeout)
+        return self.poll()
+
+    def finish(self):
+        """-> subprocess.CompletedProcess, with text, at its end."""
+        return subprocess.CompletedProcess(self.line, self.wait(), *(path.read_text() for path in self.outputs))
+
+
+@pytest.fixture
+def begin(tmp_path, tmp_path_factory):
+    """Start a command line, `[sys.executable, script, ...]`, in `tmp_path` and without a network: -> Started.
+
+    With `disk`, the disk is full for it once a file has that many bytes. Other options are environment variables.
     """
 
-    def execute(line, *, disk=None):
-        line = [str(word) for word in line]
-        environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+    def execute(line, *, disk=None, **variables):
+        environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"} | variables
         environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-        if line[0] != sys.executable or not line[1].endswith(".py"):  # as with torchrun
-            return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        with TemporaryDirectory() as folder:
-            outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-            process = FORKS.Process(target=run_script, args=(line[1:], tmp_path, environment, outputs, disk))
-            process.start()
-            process.join()
-            return subprocess.CompletedProcess(line, process.exitcode, *(path.read_text() for path in outputs))
+        line = [str(word) for word in line]
+        return Started(line, tmp_path, environment, tmp_path_factory.mktemp("printed"), disk)
+
+    return execute
+
+
+@pytest.fixture
+def finish(begin):
+    """Run a command line to its end: -> subprocess.CompletedProcess, with text. Options as for `begin`.
+
+    Of several `processes`, which find each other as those that torchrun starts do, what the first gives.
+    """
+
+    def execute(line, *, processes=1, **options):
+        if processes == 1:
+            return begin(line, **options).finish()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        group |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+        ranks = [begin(line, RANK=str(rank), LOCAL_RANK=str(rank), **group, **options) for rank in range(processes)]
+        while any(rank.poll() is None for rank in ranks):
+            if any(rank.poll() for rank in ranks):  # one failed: torchrun ends the others, which wait for it
+                for rank in ranks:
+                    rank.kill()
+            time.sleep(0.02)
+        return next((rank for rank in ranks if rank.poll()), ranks[0]).finish()
 
     return execute
 

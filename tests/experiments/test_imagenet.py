@@ -120,14 +120,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def command(data, tmp_path):
-    """The command line of a short run, of one process or of several."""
+    """The command line of a short run."""
 
-    def build(*overrides, processes=1):
-        start = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-        )
+    def build(*overrides):
         return [
-            *(sys.executable, *start, SCRIPT, "preset=demo", f"data.root={data / 'set'}"),
+            *(sys.executable, SCRIPT, "preset=demo", f"data.root={data / 'set'}"),
             *(f"data.cache={data / 'cache'}", "output=outputs", "init=xavier", "train.iterations=20", "device=cpu"),
             *("train.log_every=5", "train.validate_every=10", *overrides),
         ]
@@ -137,8 +134,8 @@ def command(data, tmp_path):
 
 @pytest.fixture
 def execute(command, finish):
-    """Run that to its end."""
-    return lambda *overrides, **options: finish(command(*overrides, **options))
+    """Run that to its end, as one process or as several."""
+    return lambda *overrides, **options: finish(command(*overrides), **options)
 
 
 def folder_of(done, tmp_path):
@@ -313,30 +310,31 @@ def rows(folder):
     return len(curves[0].read_text().splitlines()) - 1 if curves else 0
 
 
+def torchrun(line, folder):
+    start = [line[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*start, *line[1:]], cwd=folder, env=environment, text=True, **pipes)
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(command, execute, tmp_path, processes):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(command, begin, execute, tmp_path, processes):
     # An epoch has 25 steps; dropout draws from a generator of each process.
-    long = ("train.iterations=330", "train.checkpoint_seconds=0", "model.dropout=0.5", "train.validate_every=30")
+    long = ("train.iterations=180", "train.checkpoint_seconds=0", "model.dropout=0.5", "train.validate_every=30")
     whole = folder_of(execute(*long, "output=whole", processes=processes), tmp_path)
-    with (tmp_path / "errors").open("w") as errors:
-        process = subprocess.Popen(
-            command(*long, processes=processes),
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
-        try:
-            while rows(tmp_path) < 9:
-                assert process.poll() is None
-                time.sleep(0.005)
-            os.kill(process.pid if processes == 1 else children(process.pid)[-1], signal.SIGKILL)
-            assert process.wait(timeout=60) != 0
-        finally:
-            process.kill()
+    line = command(*long)
+    process = begin(line) if processes == 1 else torchrun(line, tmp_path)
+    try:
+        while rows(tmp_path) < 9:
+            assert process.poll() is None
+            time.sleep(0.005)
+        os.kill(process.pid if processes == 1 else children(process.pid)[-1], signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
     if processes > 1:
-        assert "Signal 9 (SIGKILL) received" in (tmp_path / "errors").read_text()
+        assert "Signal 9 (SIGKILL) received" in process.stderr.read()
     assert not list(tmp_path.glob("outputs/imagenet/*/record.json"))
 
     done = execute(*long, processes=processes)

@@ -2,8 +2,6 @@
 
 import json
 import random
-import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -74,7 +72,7 @@ def same(one, other) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_twenty_kills_at_random_moments(line, finish, tmp_path, name):
+def test_twenty_kills_at_random_moments(line, begin, finish, tmp_path, name):
     began = time.monotonic()
     done = finish(line(name, "whole"))
     assert done.returncode == 0, done.stderr
@@ -82,16 +80,12 @@ def test_twenty_kills_at_random_moments(line, finish, tmp_path, name):
 
     moments = random.Random(name)
     for _ in range(KILLS):
-        process = subprocess.Popen(
-            line(name, "parts"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            process.wait(moments.uniform(0, longest))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+        process = begin(line(name, "parts"))
+        if process.wait(moments.uniform(0, longest)) is None:
+            process.kill()
             process.wait()
         else:
-            assert process.returncode == 0  # it came to its end before: what is done stays as it is
+            assert process.poll() == 0  # it came to its end before: what is done stays as it is
     done = finish(line(name, "parts"))
     assert done.returncode == 0, done.stderr
 

@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -184,29 +183,19 @@ def test_weights_from_a_file(run, tmp_path):
 
 
 @pytest.fixture
-def kill(command, tmp_path):
-    """Start a run, kill it (SIGKILL) once `reached()` is true, and return what it had printed as errors."""
+def kill(command, begin):
+    """Start a run, and kill it (SIGKILL) once `reached()` is true."""
 
-    def start(reached, *overrides):
-        process = subprocess.Popen(
-            command("voc_cls.py", *overrides),
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            deadline = time.monotonic() + 120
-            while not reached() and time.monotonic() < deadline:
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.002)
-        finally:
-            process.kill()
-            errors = process.communicate()[1]
-        assert process.returncode == -signal.SIGKILL
-        return errors
+    def until(reached, *overrides):
+        process = begin(command("voc_cls.py", *overrides))
+        deadline = time.monotonic() + 120
+        while not reached() and time.monotonic() < deadline:
+            assert process.poll() is None, process.finish().stderr
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
 
-    return start
+    return until
 
 
 def rows(folder):
@@ -216,11 +205,11 @@ def rows(folder):
 
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(run, kill, tmp_path):
     # Long enough to be killed on the way, with a checkpoint after every row of the curve.
-    long = ("init=pca", "train.iterations=400", "train.lr_every=50", "train.checkpoint_seconds=0")
+    long = ("init=pca", "train.iterations=200", "train.lr_every=50", "train.checkpoint_seconds=0")
     whole = record_of(run("voc_cls.py", *long, f"output={tmp_path / 'whole'}"))
 
     kill(lambda: list(tmp_path.glob("outputs/voc_cls/*/.lock")), *long)
-    for reached in (1, 20, 45):
+    for reached in (1, 10, 22):
         kill(lambda reached=reached: rows(tmp_path) >= reached, *long)
     parts = record_of(run("voc_cls.py", *long))
     assert Path(whole).parent.name == Path(parts).parent.name
@@ -247,11 +236,9 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(run):
     assert all(torch.equal(value, expected[name]) for name, value in weights(record_of(done)).items())
 
 
-def test_two_processes_do_not_share_a_run(run, command, tmp_path):
+def test_two_processes_do_not_share_a_run(run, command, begin, tmp_path):
     long = ("init=xavier", "train.iterations=100000")
-    process = subprocess.Popen(
-        command("voc_cls.py", *long), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = begin(command("voc_cls.py", *long))
     try:
         while not rows(tmp_path):
             assert process.poll() is None
@@ -300,14 +287,8 @@ def test_a_gpu_that_is_not_there(run):
     assert "device=cuda, but torch finds no GPU" in error_of(run("voc_cls.py", "device=cuda"))
 
 
-def test_the_traceback_of_an_error_on_demand(command, tmp_path):
-    failed = subprocess.run(
-        command("voc_cls.py", "device=gpu"),
-        cwd=tmp_path,
-        env={**os.environ, "HYDRA_FULL_ERROR": "1"},
-        capture_output=True,
-        text=True,
-    )
+def test_the_traceback_of_an_error_on_demand(command, finish):
+    failed = finish(command("voc_cls.py", "device=gpu"), HYDRA_FULL_ERROR="1")
     assert failed.returncode == 1
     assert "Traceback" in failed.stderr
     assert "in check" in failed.stderr

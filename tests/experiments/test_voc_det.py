@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -132,20 +131,18 @@ def test_another_network_and_weights_from_a_file(run, settings, tmp_path):
     torch.testing.assert_close(state["fc7.weight"], source.fc7.weight.detach())
 
 
-def test_a_run_killed_on_the_way_ends_with_the_same_weights(run, command, settings, tmp_path):
+def test_a_run_killed_on_the_way_ends_with_the_same_weights(run, command, begin, settings, tmp_path):
     long = ("init=pca", *settings, "train.iterations=80", "train.checkpoint_seconds=0")
     whole = record_of(run("voc_det.py", *long, f"output={tmp_path / 'whole'}"))
     for rows in (2, 9):
-        process = subprocess.Popen(
-            command("voc_det.py", *long), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = begin(command("voc_det.py", *long))
         while not (curve := list(tmp_path.glob("outputs/voc_det/*/curve.csv"))) or (
             len(curve[0].read_text().splitlines()) <= rows
         ):
             assert process.poll() is None
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     parts = record_of(run("voc_det.py", *long))
     one, other = (torch.load(path.parent / "checkpoint.pt")["model"] for path in (whole, parts))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
