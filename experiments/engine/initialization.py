@@ -77,7 +77,8 @@ def pretrained(
         try:
             for parameter in kept:
                 parameter.requires_grad_(False)
-            report = initializers.initialize(model, images, "gaussian", between=False, seed=seed)
+            auxiliary = len(getattr(model, "classifiers", ())) > 1  # classifiers that run in training mode only
+            report = initializers.initialize(model, images, "gaussian", between=False, seed=seed, training=auxiliary)
         finally:
             for parameter in kept:
                 parameter.requires_grad_(True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from experiments.engine.initialization import pretrained
-from experiments.networks import CaffeNet, load_weights, read_weights
+from experiments.networks import CaffeNet, GoogLeNet, load_weights, read_weights
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 SMALL = ["caffe_small.caffemodel", "caffe_small_v1.caffemodel"]  # the current format and the old one
@@ -292,3 +292,23 @@ def test_layers_left_out_and_missing_are_initialized(small, tmp_path, capsys):
         target, images, seed=0, weights=str(tmp_path / "a.pth"), rescale=True, skip=["conv3"], lrn="exact"
     )
     assert report.layers
+
+
+def test_auxiliary_classifiers_that_are_missing_are_initialized(tmp_path, capsys):
+    tiny = {"input_size": 64, "width": 0.125, "dropout": 0}
+    source, target = GoogLeNet(7, **tiny), GoogLeNet(7, **tiny, auxiliary=True)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    images = torch.randn(32, 3, 64, 64)
+    pretrained(target, images, seed=0, weights=str(tmp_path / "a.pth"), rescale=False)
+    names = [f"{part}.{layer}" for part in ("loss1", "loss2") for layer in ("conv", "fc", "classifier")]
+    assert f"initialized by Algorithm 1: {', '.join(names)}\n" in capsys.readouterr().out
+    for name, parameter in target.named_parameters():
+        assert name.startswith(("loss1", "loss2")) or torch.equal(parameter, source.get_parameter(name))
+    for name in ("loss1.conv", "loss2.conv"):
+        outputs = []
+        layer = target.get_submodule(name)  # a ReLU changes its output in place
+        hook = layer.register_forward_hook(lambda *call, outputs=outputs: outputs.append(call[2].clone()))
+        target.train()(images)
+        hook.remove()
+        std = outputs[0].std((0, 2, 3), correction=0)
+        torch.testing.assert_close(std, torch.ones_like(std), rtol=0.01, atol=0)
