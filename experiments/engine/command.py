@@ -11,11 +11,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException, HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.files import write_json
 from experiments.settings import RULES, TARGETS, check, is_open, unknown
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -70,6 +73,22 @@ def _end_job(error: Exception) -> NoReturn:
         sys.exit(message)
     print(message, file=sys.stderr, flush=True)
     raise CompactHydraException(message) from error
+
+
+class Outcomes(Callback):
+    """A callback of Hydra's that leaves `<number of the run>.json` in `folder` when a run of a sweep has ended.
+
+    It says what the error was, if there was one, wherever a launcher has run it.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **options) -> None:
+        failed = job_return.status == JobStatus.FAILED
+        error = job_return._return_value if failed else ""
+        text = _one_line(error) if isinstance(error, CompactHydraException) or not failed else repr(error)
+        write_json(self.folder / f"{config.hydra.job.num}.json", {"error": text.removeprefix("error: ")})
 
 
 def overrides() -> list[Override]:
