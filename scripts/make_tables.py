@@ -17,9 +17,8 @@ from experiments.engine.records import (
     CAFFENET,
     ITERATIONS,
     USUAL,
-    assigned,
     by_initialization,
-    differing,
+    by_protocol,
     make_files,
     no_record,
     one_of_each_seed,
@@ -472,25 +471,6 @@ def extent(values: pd.Series) -> str:
         for value in (values.min(), values.max())
     ]
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
-
-
-def by_protocol(records: pd.DataFrame, but: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
-    """The records by preset and iterations, and by the other settings that differ, but initialization and seed.
-
-    Data, networks and training that are not the paper's are always named; the settings in `but` are not.
-    """
-    if records.empty:
-        return {"paper": records}
-    found: dict[str, pd.DataFrame] = {}
-    for _, group in records.groupby(["preset", *(name for name in USUAL if name not in but)]):
-        named = [name for name in unusual(group) if name not in but]
-        names = [*named, *(name for name in differing(group, but) if name != ITERATIONS)]
-        titles = [
-            ", ".join([f"{row['preset']}, {int(row[ITERATIONS]):,} iterations", *assigned(row, names)])
-            for _, row in group.iterrows()
-        ]
-        found |= dict(iter(group.groupby(pd.Series(titles, group.index))))
-    return found
 
 
 def average(block: pd.DataFrame, metrics: Mapping[str, str] = METRICS) -> pd.DataFrame:

@@ -167,6 +167,11 @@ def record_of(folder: Path, cfg: DictConfig) -> tuple[Path, bool]:
     return folder / (f"record-{_digest({key: asked.get(key) for key in EVALUATION})}.json" if names else RECORD), False
 
 
+def scores_of(record: Path) -> Path:
+    """The file beside a record with the run's scores on the test images: `scores.npz`, or `scores-<hash>.npz`."""
+    return record.with_name(record.stem.replace("record", "scores", 1) + ".npz")
+
+
 def same_places(path: Path, found: Mapping, asked: Mapping) -> None:
     """Raises ValueError: `path`, of the settings `found`, is of images or proposals in another place than `asked`."""
     for key in PLACES:
