@@ -29,6 +29,7 @@ RULES: dict[str, Any] = {
     "threads": Annotated[int, Field(ge=1, le=1024)] | None,
     "tf32": bool,
     "dry": bool,
+    "tensorboard": bool,
     "output": Text,
     "workers": Index | None,
     "data.name": Text,

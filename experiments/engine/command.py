@@ -1,6 +1,7 @@
 """What all commands share: Hydra, settings that are looked at first, and errors of one line."""
 
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ BAD_INPUT = (ValueError, ArithmeticError, OSError, HydraException, OmegaConfBase
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
+_WORK: dict[str, Callable[[DictConfig], None]] = {}  # what each command does
+
+
 def command(config: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Decorator: the function becomes the command of `configs/<config>.yaml`.
 
@@ -36,6 +40,7 @@ def command(config: str) -> Callable[[Callable[[DictConfig], None]], Callable[[]
 
     def decorate(work: Callable[[DictConfig], None]) -> Callable[[], None]:
         errors = () if FULL_ERROR in os.environ else BAD_INPUT
+        _WORK[config] = work
 
         @functools.wraps(work)
         def job(cfg: DictConfig) -> None:
@@ -43,10 +48,11 @@ def command(config: str) -> Callable[[Callable[[DictConfig], None]], Callable[[]
                 take_over(cfg, overrides())
                 _check_added(cfg)
                 check(cfg)
-                work(cfg)
+                _work_of(config)(cfg)
             except errors as error:
                 _end_job(error)
 
+        del job.__wrapped__  # launchers send `job` to other processes, which a command's own module cannot be
         entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)
 
         @functools.wraps(work)
@@ -64,6 +70,13 @@ def command(config: str) -> Callable[[Callable[[DictConfig], None]], Callable[[]
         return main
 
     return decorate
+
+
+def _work_of(config: str) -> Callable[[DictConfig], None]:
+    """What a command does, in a process that a launcher began too."""
+    if config not in _WORK:
+        importlib.import_module(f"experiments.{config}")
+    return _WORK[config]
 
 
 def _end_job(error: Exception) -> NoReturn:

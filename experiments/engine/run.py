@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -44,6 +45,7 @@ NOT_IDENTITY = (
     "device",
     "threads",
     "dry",
+    "tensorboard",
     "output",
     "published",
     "data.cache",
@@ -109,6 +111,8 @@ def execute(
         record, done = record_of(folder, cfg)
         announce(cfg, record, done, left_out)
         return
+    if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard=true needs the package tensorboard: pip install tensorboard, or leave it out")
     device = set_up(cfg.device, cfg.threads, cfg.tf32)
     with distributed.processes(device):
         record, done = record_of(folder, cfg)
