@@ -61,26 +61,43 @@ def voc_ap(detections: Detections, truth: Sequence[Truth], classes: int = 20) ->
     Raises:
         ValueError: no object counts.
     """
-    on = assign(detections, truth)
-    of_class, difficult = (torch.cat([getattr(image, name) for image in truth]) for name in ("classes", "difficult"))
-    if difficult.all():
+    totals = positives(truth, classes).sum(0)
+    if not totals.any():
         raise ValueError("no image has an object that counts: there is no average precision")
     voc11, area = np.full((2, classes), np.nan)
-    for number in range(classes):
-        total = int(((of_class == number) & ~difficult).sum())
-        if not total:
+    for number, (_, right) in enumerate(rankings(detections, truth, classes)):
+        if not totals[number]:
             continue
-        own = (detections.classes == number).nonzero().flatten()
-        found = on[own[torch.argsort(detections.scores[own], descending=True, stable=True)]]
-        right = torch.zeros(len(found), dtype=torch.bool)
-        right[np.unique(found.numpy(), return_index=True)[1]] = True  # the first on each object
-        counts = (found < 0) | ~difficult[found]
-        right &= (found >= 0) & counts
-        hits, tried = right.cumsum(0).double().numpy(), counts.cumsum(0).clamp(min=1).double().numpy()
-        recall, precision = hits / total, hits / tried
+        hits, tried = right.cumsum(0).double().numpy(), np.arange(1, 1 + len(right))
+        recall, precision = hits / totals[number], hits / tried
         voc11[number], area[number] = eleven_points(recall, precision), area_under(recall, precision)
     means = {f"map_{name}": float(np.nanmean(values)) for name, values in (("voc11", voc11), ("area", area))}
     return {"voc11": voc11, "area": area, **means}
+
+
+def positives(truth: Sequence[Truth], classes: int = 20) -> np.ndarray:
+    """How many objects that count each image has of each class: int64 (images, classes)."""
+    counts = [np.bincount(found.classes[~found.difficult], minlength=classes) for found in truth]
+    return np.stack(counts)
+
+
+def rankings(detections: Detections, truth: Sequence[Truth], classes: int = 20) -> list[tuple[Tensor, Tensor]]:
+    """For each class its detections that count, best first: their images, int64 (n,), and which are right, bool (n,).
+
+    With `positives` this is all that the average precision depends on, that of a part of the images too.
+    """
+    on = assign(detections, truth)
+    difficult = torch.cat([image.difficult for image in truth])
+    found = []
+    for number in range(classes):
+        own = (detections.classes == number).nonzero().flatten()
+        own = own[torch.argsort(detections.scores[own], descending=True, stable=True)]
+        objects = on[own]
+        right = torch.zeros(len(own), dtype=torch.bool)
+        right[np.unique(objects.numpy(), return_index=True)[1]] = True  # the first on each object
+        counts = (objects < 0) | ~difficult[objects]
+        found.append((detections.images[own][counts], (right & (objects >= 0))[counts]))
+    return found
 
 
 def assign(detections: Detections, truth: Sequence[Truth]) -> Tensor:

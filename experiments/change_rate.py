@@ -26,6 +26,10 @@ from experiments.networks import make_network
 
 @command("change_rate")
 def main(cfg: DictConfig) -> None:
+    record = Path(cfg.output) / "figure1.json"
+    if cfg.dry:
+        run.announce(cfg, record, run.is_of(record, cfg))
+        return
     device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
     prepare(cfg.data)
     images, others = (images_of(cfg, split, part).to(device) for split, part in (("train", "init"), ("val", "rates")))
@@ -50,7 +54,7 @@ def main(cfg: DictConfig) -> None:
         files.write_bytes(folder / "figure1.png", draw(rates))
         files.write_text(folder / "figure1.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
         spreads = {line: found.spread for line, found in rates.items()}
-        run.write_record(folder / "figure1.json", cfg, device, data=cfg.data.name, spread=spreads)
+        run.write_record(record, cfg, device, data=cfg.data.name, spread=spreads)
     print(table.pivot_table(index="line", columns="layer", values="mean", sort=False).to_string(float_format="%.4g"))
     print("\nspread: " + ", ".join(f"{line} {spread:.4g}" for line, spread in spreads.items()))
     print(folder / "figure1.png")

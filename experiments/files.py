@@ -1,8 +1,12 @@
 """Files that are written whole or not at all."""
 
+import io
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 
 def write_text(path: Path, text: str) -> None:
@@ -17,6 +21,13 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`; errors as `write_text`."""
     write_whole(path, content)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write `arrays` to `path` as a compressed .npz; errors as `write_text`."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_whole(path, buffer.getbuffer())
 
 
 def write_json(path: Path, content: dict) -> None:

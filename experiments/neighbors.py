@@ -38,6 +38,10 @@ THUMBNAIL = 120  # pixels
 @command("neighbors")
 def main(cfg: DictConfig) -> None:
     set_outputs(cfg)
+    record = Path(cfg.output) / "figure2.json"
+    if cfg.dry:
+        run.announce(cfg, record, run.is_of(record, cfg))
+        return
     device = run.set_up(cfg.device, cfg.threads, cfg.tf32)
     prepare(cfg.data)
     training = open_split(cfg.data, cfg.data.train, device)[1]
@@ -68,7 +72,7 @@ def main(cfg: DictConfig) -> None:
         share = table.groupby("line", sort=False)["shares_a_class"].mean().to_dict()
         files.write_bytes(folder / "figure2.jpg", draw(test, queries, pool, found))
         files.write_text(folder / "figure2.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-        run.write_record(folder / "figure2.json", cfg, device, data=cfg.data.name, shares_a_class=share)
+        run.write_record(record, cfg, device, data=cfg.data.name, shares_a_class=share)
     print("neighbours that show a class of the query: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in share.items()))
     print(folder / "figure2.jpg")
 

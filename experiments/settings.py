@@ -28,6 +28,8 @@ RULES: dict[str, Any] = {
     "device": Literal["auto", "cpu", "cuda"],
     "threads": Annotated[int, Field(ge=1, le=1024)] | None,
     "tf32": bool,
+    "dry": bool,
+    "tensorboard": bool,
     "output": Text,
     "workers": Index | None,
     "data.name": Text,

@@ -9,12 +9,14 @@ command is given again. The last line printed is the path of the result record.
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
 import initializers
+from experiments import files
 from experiments.data.images import ImageCache, describe
 from experiments.data.prepare import prepare
 from experiments.data.voc import Split, open_split, read_split, set_outputs
@@ -55,8 +57,11 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
 
     metrics = {name: precision[name] for name in ("map_step", "map_voc11")}
     per_class = pd.DataFrame({kind: precision[kind] for kind in ("step", "voc11")}, index=test.classes)
+    record = run.record_of(folder, cfg)[0]
+    arrays = {"ids": np.array(test.ids), "scores": scores.numpy(), "labels": test.labels.numpy()}
+    files.write_arrays(run.scores_of(record), arrays)
     run.write_record(
-        run.record_of(folder, cfg)[0],
+        record,
         cfg,
         device,
         data=describe(cfg.data.name, training_cache, test_cache),
@@ -64,6 +69,7 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
         per_class=per_class.astype(object).where(per_class.notna(), None).T.to_dict(),
         times=times,
         curve="curve.csv",
+        scores=run.scores_of(record).name,
         init_report=start["report"],
         change_rate=start["change_rate"],
     )

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig
@@ -65,6 +66,8 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
     precision = detection.voc_ap(found, truth, len(test.classes))
     metrics = {name: precision[name] for name in ("map_voc11", "map_area")}
     metrics |= detection.coco_ap(found, truth, len(test.classes))
+    record = run.record_of(folder, cfg)[0]
+    files.write_arrays(run.scores_of(record), scores_of(found, truth, test))
     detection.write_detections(folder, cfg.data.test, test.ids, test.classes, found)
     files.write_bytes(folder / "detections.jpg", draw(test, found, cfg.evaluate.pictures))
     per_class = pd.DataFrame({kind: precision[kind] for kind in ("voc11", "area")}, index=test.classes)
@@ -73,22 +76,39 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
         "proposals": {cfg.data.train: recall, cfg.data.test: test_recall},
         "times": {"init": start["seconds"], "train": train_seconds, "evaluate": time.perf_counter() - began},
         "curve": "curve.csv",
+        "scores": run.scores_of(record).name,
         "init_report": start["report"],
     }
-    report(cfg, folder, device, metrics, per_class, about)
+    report(cfg, record, device, metrics, per_class, about)
 
 
 def report(
-    cfg: DictConfig, folder: Path, device: torch.device, metrics: dict, per_class: pd.DataFrame, about: dict
+    cfg: DictConfig, record: Path, device: torch.device, metrics: dict, per_class: pd.DataFrame, about: dict
 ) -> None:
     """Write the record and print what came out."""
     classes = per_class.astype(object).where(per_class.notna(), None).T.to_dict()
-    run.write_record(run.record_of(folder, cfg)[0], cfg, device, metrics=metrics, per_class=classes, **about)
+    run.write_record(record, cfg, device, metrics=metrics, per_class=classes, **about)
     per_class.loc["mean"] = [metrics["map_voc11"], metrics["map_area"]]
     print(f"\naverage precision on {cfg.data.test} of {cfg.data.name}, percent")
     print((100 * per_class).to_string(float_format="%.1f"))
     print(", ".join(f"{name} {100 * metrics[name]:.1f} %" for name in ("coco_ap", "coco_ap50")))
     print(run.spent(about["times"]))
+
+
+def scores_of(found: Detections, truth: list[detection.Truth], split: Split) -> dict[str, np.ndarray]:
+    """The ranking of each class, one after the other, to be kept: images, which are right, and how many there are.
+
+    What ranks behind the last right one has no influence on an average precision, and is left out.
+    """
+    count = len(split.classes)
+    ranked = []
+    for images, right in detection.rankings(found, truth, count):
+        end = int(right.nonzero().max()) + 1 if right.any() else 0
+        ranked.append((images[:end].numpy().astype(np.uint32), right[:end].numpy()))
+    images, right = (np.concatenate(parts) for parts in zip(*ranked, strict=True))
+    lengths = np.array([len(rows) for rows, _ in ranked])
+    positives = detection.positives(truth, count).astype(np.uint16)
+    return {"ids": np.array(split.ids), "images": images, "right": right, "lengths": lengths, "positives": positives}
 
 
 def initialize(cfg: DictConfig, model: FastRCNN, cache: ImageCache, rois: RoIs) -> dict:

@@ -16,7 +16,6 @@ from itertools import count
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 
 from experiments.engine.figures import LINES, encoded, line_of
@@ -28,6 +27,7 @@ from experiments.engine.records import (
     make_files,
     no_record,
     one_of_each_seed,
+    read_curve,
     read_records,
 )
 
@@ -130,17 +130,6 @@ def read_run(row: pd.Series) -> Run:
         return Run(row["line"], row["config"]["train"]["iterations"], epoch, *curves)
     except (KeyError, TypeError, ValueError) as error:
         raise no_record(path, error if isinstance(error, ValueError) else repr(error)) from error
-
-
-def read_curve(path: Path) -> pd.DataFrame:
-    """The columns `step`, which grows, and `loss` of a curve."""
-    try:
-        curve = pd.read_csv(path)[["step", "loss"]].astype(float)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if curve.empty or not np.isfinite(curve["step"]).all() or (curve["step"].diff() <= 0).any():
-        raise ValueError(f"{path}: steps should be numbers that grow")
-    return curve
 
 
 def draw(figure: str | None, shown: list[Run]) -> bytes:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.engine.metrics import welch
 from experiments.engine.records import (
     CAFFENET,
     ITERATIONS,
     USUAL,
-    assigned,
     by_initialization,
-    differing,
+    by_protocol,
     make_files,
     no_record,
     one_of_each_seed,
@@ -41,7 +41,13 @@ ORIGIN = ("data", "device", "versions", "commit")
 
 NETWORKS = {"GoogLeNet": "experiments.networks.GoogLeNet", "VGG-16": "experiments.networks.VGG16"}  # of section 4.4
 TARGET, OPTIMIZER, BATCH_NORM = "config.model._target_", "config.optimizer.name", "config.model.batch_norm"
+RATE = "config.optimizer.lr"
 SCALINGS = {"none": "no scaling", "within": "Within-layer", "between": "Between-layer", "both": "Both"}
+
+NOISE = """\
+Within noise: the initializations of the same block from which this one is not told apart, as the 95 % interval of
+Welch's t over seeds holds a difference of 0; each pair is looked at by itself. One seed tells nothing apart.
+"""
 
 TABLE1 = """\
 # Table 1: scaling, optimizer and batch normalization, PASCAL VOC 2007 classification
@@ -54,7 +60,8 @@ the preset `paper`. It states neither the learning rate of Adam nor where the no
 measured.
 """
 
-TABLE2 = """\
+TABLE2 = (
+    """\
 # Table 2: initializations, PASCAL VOC 2007 classification
 
 Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
@@ -63,22 +70,31 @@ Mean average precision on the test set in percent, ± the standard deviation ove
 Krähenbühl et al. (2016), at the scale of the preset `paper`; compare it with the step AP, which is how the
 paper's authors compute it (scikit-learn). The VOC 2007 11-point AP of the same scores reads about two points
 higher. An empty cell has not been measured, or was not published.
-"""
 
-DETECTION2 = """\
+"""
+    + NOISE
+)
+
+DETECTION2 = (
+    """\
 # Table 2: initializations, PASCAL VOC 2007 detection
 
 Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
 
 Mean average precision of Fast R-CNN on the test set in percent, ± the standard deviation over seeds. Published:
-Krähenbühl et al. (2016), 11-point AP at the scale of the preset `paper`, the best of three learning rates. Area AP is
-that of VOC 2010 and later, COCO AP the mean over overlaps from .5 to .95. An empty cell has not been measured, or was
-not published.
+Krähenbühl et al. (2016), 11-point AP at the scale of the preset `paper`, the best of three learning rates for each
+initialization. Here too the learning rate of the best 11-point AP counts, of those that there are records of. Area AP
+is that of VOC 2010 and later, COCO AP the mean over overlaps from .5 to .95. An empty cell has not been measured, or
+was not published.
+
 """
+    + NOISE
+)
 
 DETECTION3 = DETECTION2.replace("Table 2: initializations", "Table 3: pre-trained networks")
 
-TABLE3 = """\
+TABLE3 = (
+    """\
 # Table 3: pre-trained networks, PASCAL VOC 2007 classification
 
 Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
@@ -86,7 +102,10 @@ Written by `python scripts/make_tables.py` from the records in `results/runs/`: 
 Mean average precision on the test set in percent, ± the standard deviation over seeds. Published: Krähenbühl et al.
 (2016). "Ours +" are networks whose change rates were made equal before they were trained on (`init.rescale=true`).
 Weights of our own, from `experiments/pretrain.py`, stand below those of the paper. An empty cell has not been measured.
+
 """
+    + NOISE
+)
 
 FIRST_LOSSES = """\
 # The first losses of the initializations of Table 2
@@ -99,14 +118,18 @@ empty cell has not been measured.
 """
 SHORT = 1_000  # runs of fewer iterations show how training begins, and have no place among results
 
-SECTION44 = """\
+SECTION44 = (
+    """\
 # Section 4.4: other networks, PASCAL VOC 2007 classification
 
 Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
 
 Mean average precision on the test set in percent, ± the standard deviation over seeds. Published: Krähenbühl et al.
 (2016), at the scale of the preset `paper`. An empty cell has not been measured.
+
 """
+    + NOISE
+)
 
 FAMILIES = """\
 # The networks of torchvision
@@ -179,19 +202,38 @@ def make_tables(paths: Sequence[Path], paper: Path, families: Path | None = None
     scratch, trained = by_start(outside_table1(caffenet, paper))
     tables = table1(caffenet, paper) | table2(scratch, paper) | table3(trained, paper, names) | section44(others, paper)
     tables |= first_losses(beginnings, paper)
-    tables |= detection(results(paths, "voc_det", DETECTION_METRICS), paper, names)
+    tables |= detection(results(paths, "voc_det", DETECTION_METRICS, but=[RATE]), paper, names)
     if families is not None and families.exists():
         tables |= families_table(families)
     return tables
 
 
-def results(paths: Sequence[Path], experiment: str, metrics: Mapping[str, str]) -> pd.DataFrame:
-    """The records of an experiment: `init` tells initializations apart, and each has one record of a seed."""
+def results(
+    paths: Sequence[Path], experiment: str, metrics: Mapping[str, str], but: Sequence[str] = ()
+) -> pd.DataFrame:
+    """The records of an experiment: `init` tells initializations apart, and each has one record of a seed.
+
+    Those that differ in the settings `but` too are among them.
+    """
     records = read_records(paths, experiment, metrics)
     if records.empty:
         return records
-    blocks = map(by_initialization, by_protocol(records).values())
-    return pd.concat([one_of_each_seed(block, ["init"]) for block in blocks]).sort_index()
+    blocks = map(by_initialization, by_protocol(records, but).values())
+    return pd.concat([one_of_each_seed(block, ["init", *but]) for block in blocks]).sort_index()
+
+
+def at_best_rate(records: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Of each initialization the records of the learning rate whose mean is best; `rate` names it and those tried.
+
+    As the paper does for detection, where it tries three.
+    """
+    kept = []
+    for block in by_protocol(records, but=[RATE]).values() if len(records) else ():
+        for _, runs in block.groupby("init"):
+            means = runs.groupby(RATE)[metric].mean().sort_values(ascending=False)
+            best = means.index[0] + (f", best of {', '.join(sorted(means.index, key=float))}" if len(means) > 1 else "")
+            kept.append(runs[runs[RATE] == means.index[0]].assign(rate=best))
+    return pd.concat(kept).sort_index() if kept else records
 
 
 def begins(records: pd.DataFrame, paper: Path) -> pd.Series:
@@ -329,12 +371,13 @@ def table3(records: pd.DataFrame, paper: Path, names: Mapping[str, str]) -> dict
 
 def detection(records: pd.DataFrame, paper: Path, names: Mapping[str, str]) -> dict[str, str]:
     """The detection columns of Tables 2 and 3."""
-    scratch, trained = by_start(records)
+    scratch, trained = by_start(at_best_rate(records, "map_voc11"))
     tables = {}
     for name, text, own in (("table2", DETECTION2, scratch), ("table3", DETECTION3, trained)):
         published = pd.read_csv(paper / f"{name}.csv").set_index("init")
         methods = published["method"].to_dict() | (BASELINES if name == "table2" else names_in(names, own))
-        tables |= comparison(f"{name}-detection", text, own, methods, published["detection"], DETECTION_METRICS)
+        own = (own, methods, published["detection"], DETECTION_METRICS)
+        tables |= comparison(f"{name}-detection", text, *own, but=[RATE])
     return tables
 
 
@@ -367,9 +410,10 @@ def comparison(
     methods: dict[str, str],
     numbers: pd.Series,
     metrics: Mapping[str, str] = METRICS,
+    but: Sequence[str] = (),
 ) -> dict[str, str]:
     """Markdown and CSV of a table with a row for each initialization; see `blocks`."""
-    return files(name, text, *blocks("Preset", records, methods, numbers, metrics))
+    return files(name, text, *blocks("Preset", records, methods, numbers, metrics, but))
 
 
 def blocks(
@@ -474,25 +518,6 @@ def extent(values: pd.Series) -> str:
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
-def by_protocol(records: pd.DataFrame, but: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
-    """The records by preset and iterations, and by the other settings that differ, but initialization and seed.
-
-    Data, networks and training that are not the paper's are always named; the settings in `but` are not.
-    """
-    if records.empty:
-        return {"paper": records}
-    found: dict[str, pd.DataFrame] = {}
-    for _, group in records.groupby(["preset", *(name for name in USUAL if name not in but)]):
-        named = [name for name in unusual(group) if name not in but]
-        names = [*named, *(name for name in differing(group, but) if name != ITERATIONS)]
-        titles = [
-            ", ".join([f"{row['preset']}, {int(row[ITERATIONS]):,} iterations", *assigned(row, names)])
-            for _, row in group.iterrows()
-        ]
-        found |= dict(iter(group.groupby(pd.Series(titles, group.index))))
-    return found
-
-
 def average(block: pd.DataFrame, metrics: Mapping[str, str] = METRICS) -> pd.DataFrame:
     """One row per initialization: mean and standard deviation over seeds, and where the numbers come from."""
     rows = {}
@@ -501,9 +526,21 @@ def average(block: pd.DataFrame, metrics: Mapping[str, str] = METRICS) -> pd.Dat
         rows[init] |= {f"{name}_std": runs[name].std() for name in metrics}
         rows[init] |= {"n": len(runs), "seeds": " ".join(map(str, sorted(runs["seed"])))}
         rows[init] |= {name: "; ".join(sorted(set(runs[name]))) for name in ORIGIN}
+        rows[init] |= {"rate": runs["rate"].iloc[0]} if "rate" in runs else {}
+        rows[init] |= {"within_noise_of": within_noise(init, block, next(iter(metrics)))}
     numbers = [*metrics, *(f"{name}_std" for name in metrics)]
-    table = pd.DataFrame(rows.values(), index=list(rows), columns=[*numbers, "n", "seeds", *ORIGIN])
+    columns = [*numbers, "n", "seeds", *(["rate"] if "rate" in block else []), "within_noise_of", *ORIGIN]
+    table = pd.DataFrame(rows.values(), index=list(rows), columns=columns)
     return table.astype(dict.fromkeys(numbers, float) | {"n": "Int64"})  # without records, too
+
+
+def within_noise(init: str, block: pd.DataFrame, metric: str) -> str:
+    """The initializations of a block that this one is not told apart from; empty if it is from all of several seeds."""
+    values = {name: [*runs[metric]] for name, runs in block.groupby("init")}
+    if len(values[init]) == 1:
+        return "one seed"
+    intervals = {name: welch(values[init], other) for name, other in values.items() if name != init}
+    return ", ".join(f"`{plain(name)}`" for name, found in intervals.items() if found and found[0] <= 0 <= found[1])
 
 
 def markdown(rows: pd.DataFrame, metrics: Mapping[str, str]) -> str:
@@ -511,11 +548,13 @@ def markdown(rows: pd.DataFrame, metrics: Mapping[str, str]) -> str:
         spread = "" if pd.isna(row[f"{name}_std"]) else f" ± {row[f'{name}_std']:.1f}"
         return "" if pd.isna(row[name]) else f"{row[name]:.1f}{spread}"
 
-    lines = [["initialization", "`init=`", "published", *metrics.values(), "n", "seeds"]]
-    lines.append(["---", "---", *["---:"] * (len(metrics) + 2), "---"])
+    rest = {"n": "n", "seeds": "seeds", "rate": "learning rate", "within_noise_of": "within noise"}
+    rest = {name: title for name, title in rest.items() if name in rows}
+    lines = [["initialization", "`init=`", "published", *metrics.values(), *rest.values()]]
+    lines.append(["---", "---", *["---:"] * (len(metrics) + 2), *["---"] * (len(rest) - 1)])
     for init, row in rows.iterrows():
         published = "" if pd.isna(row["published"]) else f"{row['published']:.1f}"
-        counts = ["" if pd.isna(row[name]) else str(row[name]) for name in ("n", "seeds")]
+        counts = ["" if pd.isna(row[name]) else str(row[name]) for name in rest]
         lines.append(
             [plain(row["method"]), f"`{plain(init)}`", published, *(cell(row, name) for name in metrics), *counts]
         )

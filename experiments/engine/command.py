@@ -1,6 +1,7 @@
 """What all commands share: Hydra, settings that are looked at first, and errors of one line."""
 
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,16 +12,22 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException, HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.files import write_json
 from experiments.settings import RULES, TARGETS, check, is_open, unknown
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BAD_INPUT = (ValueError, ArithmeticError, OSError, HydraException, OmegaConfBaseException)
 FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+_WORK: dict[str, Callable[[DictConfig], None]] = {}  # what each command does
 
 
 def command(config: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -33,6 +40,7 @@ def command(config: str) -> Callable[[Callable[[DictConfig], None]], Callable[[]
 
     def decorate(work: Callable[[DictConfig], None]) -> Callable[[], None]:
         errors = () if FULL_ERROR in os.environ else BAD_INPUT
+        _WORK[config] = work
 
         @functools.wraps(work)
         def job(cfg: DictConfig) -> None:
@@ -40,10 +48,11 @@ def command(config: str) -> Callable[[Callable[[DictConfig], None]], Callable[[]
                 take_over(cfg, overrides())
                 _check_added(cfg)
                 check(cfg)
-                work(cfg)
+                _work_of(config)(cfg)
             except errors as error:
                 _end_job(error)
 
+        del job.__wrapped__  # launchers send `job` to other processes, which a command's own module cannot be
         entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)
 
         @functools.wraps(work)
@@ -63,6 +72,13 @@ def command(config: str) -> Callable[[Callable[[DictConfig], None]], Callable[[]
     return decorate
 
 
+def _work_of(config: str) -> Callable[[DictConfig], None]:
+    """What a command does, in a process that a launcher began too."""
+    if config not in _WORK:
+        importlib.import_module(f"experiments.{config}")
+    return _WORK[config]
+
+
 def _end_job(error: Exception) -> NoReturn:
     """End a run with one line. A sweep goes on with the next; it would say itself what the first error was only."""
     message = f"error: {_one_line(error)}"
@@ -70,6 +86,22 @@ def _end_job(error: Exception) -> NoReturn:
         sys.exit(message)
     print(message, file=sys.stderr, flush=True)
     raise CompactHydraException(message) from error
+
+
+class Outcomes(Callback):
+    """A callback of Hydra's that leaves `<number of the run>.json` in `folder` when a run of a sweep has ended.
+
+    It says what the error was, if there was one, wherever a launcher has run it.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **options) -> None:
+        failed = job_return.status == JobStatus.FAILED
+        error = job_return._return_value if failed else ""
+        text = _one_line(error) if isinstance(error, CompactHydraException) or not failed else repr(error)
+        write_json(self.folder / f"{config.hydra.job.num}.json", {"error": text.removeprefix("error: ")})
 
 
 def overrides() -> list[Override]:

@@ -1,9 +1,12 @@
-"""Average precision of image classification on PASCAL VOC 2007."""
+"""Average precision on PASCAL VOC 2007, its spread over test images, and differences over seeds."""
 
 import warnings
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
+from scipy.stats import ttest_ind
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from detection.evaluation import eleven_points
@@ -66,3 +69,95 @@ def _eleven_point(present: np.ndarray, score: np.ndarray) -> float:
     # scikit-learn ends the curve with a point that no ranking reaches, precision 1 at recall 0.
     precision, recall = precision[:-1], recall[:-1]
     return eleven_points(recall, precision)
+
+
+CONFIDENCE = 0.95  # of all intervals
+RESAMPLES = 1000
+AT_ONCE = 100  # resamples, for the memory that they take
+
+
+def welch(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
+    """The interval of Welch's t that holds the difference of two means with 95 % confidence; None for a single value.
+
+    Welch (1947): the values of each are normal, with a variance of their own.
+    """
+    if min(len(first), len(second)) < 2:
+        return None
+    difference = float(np.mean(first) - np.mean(second))
+    if np.ptp(first) == np.ptp(second) == 0:  # where the statistic is not defined
+        return difference, difference
+    interval = ttest_ind(first, second, equal_var=False).confidence_interval(CONFIDENCE)
+    return float(interval.low), float(interval.high)
+
+
+def bootstrap(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Differences of average precision, per class, of two runs on the same test images drawn with replacement.
+
+    Args:
+        first, second: the arrays of a run's `scores.npz`.
+
+    Returns:
+        (1 + 1000, classes): first of all images as they are, then of the draws (Efron & Tibshirani, 1993). A class of
+        which a draw has no image is nan.
+
+    Raises:
+        ValueError: they are not of the same images.
+    """
+    if not np.array_equal(first["ids"], second["ids"]):
+        raise ValueError("they are not of the same test images")
+    count = len(first["ids"])
+    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    weights = np.concatenate([np.ones((1, count), np.int64), draws])
+    parts = np.array_split(weights, -(-len(weights) // AT_ONCE))
+    return np.concatenate([weighted_ap(first, part) - weighted_ap(second, part) for part in parts])
+
+
+def weighted_ap(run: Mapping[str, np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """Average precision (draws, classes) with each image as often as `weights`, int (draws, images), says.
+
+    It is the step AP of a classification and the 11-point AP of a detection, as of `average_precision` and of
+    `detection.voc_ap`.
+
+    Args:
+        run: the arrays of a run's `scores.npz`.
+    """
+    if "scores" in run:
+        columns = zip(run["scores"].T, run["labels"].T, strict=True)
+        return np.stack([_step(scores, labels, weights) for scores, labels in columns], 1)
+    ends = np.cumsum(run["lengths"])[:-1]
+    ranked = zip(np.split(run["images"], ends), np.split(run["right"], ends), run["positives"].T, strict=True)
+    return np.stack([_voc11(images, right, totals, weights) for images, right, totals in ranked], 1)
+
+
+def _step(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    present = labels[labels != 0] > 0
+    values = scores[labels != 0].astype(float) - 1e-5 * present
+    order = np.argsort(-values, kind="stable")
+    ends = np.flatnonzero(np.diff(values[order], append=-np.inf))  # equal scores are one threshold
+    drawn = weights[:, labels != 0][:, order]
+    hits = (drawn * present[order]).cumsum(1)[:, ends]
+    precision = hits / drawn.cumsum(1)[:, ends].clip(min=1)
+    gains = np.diff(hits, axis=1, prepend=0)
+    return _share((gains * precision).sum(1), hits[:, -1])
+
+
+def _voc11(images: np.ndarray, right: np.ndarray, totals: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    total = weights @ totals.astype(np.int64)
+    if not right.any():
+        return _share(np.zeros(len(weights)), total)
+    before = np.cumsum(right) - right  # right ones above: the column of `tried` in which a detection counts first
+    shape = (weights.shape[1], int(right.sum()))
+    tried = csr_array((np.ones(len(images), np.int64), (images.astype(np.int64), before)), shape)
+    hits = weights[:, images[right]].cumsum(1)
+    precision = hits / (weights @ tried).cumsum(1).clip(min=1)
+    highest = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+    highest = np.concatenate([highest, np.zeros((len(weights), 1))], 1)  # of a recall that none reaches
+    recall = _share(hits, total[:, None])
+    first = [(recall < k / 10).sum(1) for k in range(11)]  # k / 10: as in detection.evaluation
+    points = [np.take_along_axis(highest, column[:, None], 1)[:, 0] for column in first]
+    return np.where(total > 0, np.mean(points, 0), np.nan)
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """`part / whole`, nan where that is 0."""
+    return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)

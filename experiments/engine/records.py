@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -206,6 +207,25 @@ def by_initialization(block: pd.DataFrame) -> pd.DataFrame:
     return block.assign(init=keys)
 
 
+def by_protocol(records: pd.DataFrame, but: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
+    """The records by preset and iterations, and by the other settings that differ, but initialization and seed.
+
+    Data, networks and training that are not the paper's are always named; the settings in `but` are not.
+    """
+    if records.empty:
+        return {"paper": records}
+    found: dict[str, pd.DataFrame] = {}
+    for _, group in records.groupby(["preset", *(name for name in USUAL if name not in but)]):
+        named = [name for name in unusual(group) if name not in but]
+        names = [*named, *(name for name in differing(group, but) if name != ITERATIONS)]
+        titles = [
+            ", ".join([f"{row['preset']}, {int(row[ITERATIONS]):,} iterations", *assigned(row, names)])
+            for _, row in group.iterrows()
+        ]
+        found |= dict(iter(group.groupby(pd.Series(titles, group.index))))
+    return found
+
+
 def one_of_each_seed(records: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """The newest record of each seed where `keys` are the same; a line on stderr names it and what it stands for."""
     kept = []
@@ -223,6 +243,17 @@ def one_of_each_seed(records: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame
 def _in_time(column: pd.Series) -> pd.Series:
     """Times as they can be sorted; records without one are the oldest."""
     return pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce") if column.name == "created" else column
+
+
+def read_curve(path: Path) -> pd.DataFrame:
+    """The columns `step`, which grows, and `loss` of a curve."""
+    try:
+        curve = pd.read_csv(path)[["step", "loss"]].astype(float)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if curve.empty or not np.isfinite(curve["step"]).all() or (curve["step"].diff() <= 0).any():
+        raise ValueError(f"{path}: steps should be numbers that grow")
+    return curve
 
 
 def make_files(

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -43,6 +44,8 @@ NOT_IDENTITY = (
     *EVALUATION,
     "device",
     "threads",
+    "dry",
+    "tensorboard",
     "output",
     "published",
     "data.cache",
@@ -100,12 +103,18 @@ def execute(
     Raises:
         ValueError: the folder holds something else than this run.
     """
-    if left_out:
+    if left_out and not cfg.dry:
         print(f"not run: {left_out}")
         return
+    folder = run_folder(cfg)
+    if cfg.dry:
+        record, done = record_of(folder, cfg)
+        announce(cfg, record, done, left_out)
+        return
+    if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard=true needs the package tensorboard: pip install tensorboard, or leave it out")
     device = set_up(cfg.device, cfg.threads, cfg.tf32)
     with distributed.processes(device):
-        folder = run_folder(cfg)
         record, done = record_of(folder, cfg)
         if done and (result is None or (folder / result).exists()):
             print("this run is done; to run it again, delete its folder")
@@ -113,6 +122,21 @@ def execute(
             with open_folder(folder) if distributed.rank() == 0 else contextlib.nullcontext():
                 work(cfg, folder, device)
         print(folder / result if result else record)
+
+
+def announce(cfg: DictConfig, record: Path, done: bool, left_out: str = "") -> None:
+    """Print what `dry=true` asks for: a line of JSON about a run, for scripts/reproduce.py."""
+    about = {"record": str(record), "done": done, "left_out": left_out}
+    print(json.dumps(about | {"config": OmegaConf.to_container(cfg, resolve=True)}))
+
+
+def is_of(record: Path, cfg: DictConfig) -> bool:
+    """Whether `record` is there, and of these settings: those of the evaluation too."""
+    if not record.exists():
+        return False
+    free = {*NOT_IDENTITY} - {*EVALUATION}
+    asked = flat(OmegaConf.to_container(cfg, resolve=True))
+    return {k: v for k, v in asked if k not in free} == {k: v for k, v in flat(_config_of(record)) if k not in free}
 
 
 def run_folder(cfg: DictConfig) -> Path:
@@ -145,6 +169,11 @@ def record_of(folder: Path, cfg: DictConfig) -> tuple[Path, bool]:
             same_places(path, found, asked)
             return path, True
     return folder / (f"record-{_digest({key: asked.get(key) for key in EVALUATION})}.json" if names else RECORD), False
+
+
+def scores_of(record: Path) -> Path:
+    """The file beside a record with the run's scores on the test images: `scores.npz`, or `scores-<hash>.npz`."""
+    return record.with_name(record.stem.replace("record", "scores", 1) + ".npz")
 
 
 def same_places(path: Path, found: Mapping, asked: Mapping) -> None:

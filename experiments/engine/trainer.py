@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -111,6 +112,7 @@ def train_as(
         log_every=cfg.train.log_every,
         checkpoint_seconds=cfg.train.checkpoint_seconds,
         settings=run.settings_of(cfg),
+        tensorboard=cfg.tensorboard,
         **options,
     )
 
@@ -132,6 +134,7 @@ def train(
     validate: Callable[[], tuple[float, float, float]] | None = None,
     validate_every: int = 0,
     settings: Mapping = MappingProxyType({}),
+    tensorboard: bool = False,
 ) -> float:
     """Train `model` in place, from the newest checkpoint in `folder` on when there is one.
 
@@ -157,6 +160,7 @@ def train(
         validate: -> loss, top-1 and top-5 accuracy, a row of `validation.csv`; in evaluation mode.
         validate_every: iterations.
         settings: of the run; its checkpoints name them, and those of other settings are refused.
+        tensorboard: write the rows of the curve into `folder` for TensorBoard too.
 
     Returns:
         Seconds of training, those before an interruption included.
@@ -177,6 +181,7 @@ def train(
     start, seconds = _restore(folder, model, optimizer, dict(settings))
     began = time.perf_counter() - seconds
     journal = _Journal(folder, model, optimizer, dict(settings), iterations, checkpoint_seconds, began)
+    journal.open(start, tensorboard)
     if distributed.rank() == 0:
         _cut(folder / "curve.csv", CURVE_HEADER, math.ceil(start / log_every))
         if validate is not None:
@@ -220,15 +225,27 @@ class _Journal:
     iterations: int
     checkpoint_seconds: float
     began: float  # of the clock, with the seconds before an interruption
+    writer: Any = None  # of TensorBoard
 
     def __post_init__(self) -> None:
         self.saved = time.perf_counter()
+
+    def open(self, start: int, tensorboard: bool) -> None:
+        """With `tensorboard`, write rows for TensorBoard too: those after step `start` anew."""
+        if tensorboard and distributed.rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter  # of a package that may be missing
+
+            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=start + 1)
 
     def row(self, done: int, mean: float, lr: float) -> None:
         """Raises FloatingPointError where a weight is NaN or infinite."""
         now = time.perf_counter()
         if distributed.rank() == 0:
             files.append_line(self.folder / "curve.csv", f"{done},{mean:.6g},{lr:.6g},{now - self.began:.1f}")
+            if self.writer is not None:
+                for name, value in (("loss", mean), ("lr", lr)):
+                    self.writer.add_scalar(name, value, done)
+                self.writer.flush()
         due = done == self.iterations or now - self.saved >= self.checkpoint_seconds
         if distributed.from_first(lambda: due):
             if not all(parameter.isfinite().all() for parameter in self.model.parameters()):

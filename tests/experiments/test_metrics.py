@@ -1,4 +1,5 @@
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from experiments.engine.metrics import average_precision
+from detection import Detections, Truth, voc_ap
+from experiments.engine.metrics import average_precision, bootstrap, weighted_ap, welch
+from experiments.voc_det import scores_of
 
 
 def ranking(scores, labels):
@@ -130,3 +133,80 @@ def test_a_perfect_ranking_is_one_whatever_the_dtype():
 def test_bad_input_is_one_clear_error(scores, labels, message):
     with pytest.raises(ValueError, match=message):
         average_precision(scores, labels)
+
+
+# Differences, and what of them is noise.
+
+
+@given(st.integers(0, 10_000))
+def test_a_weighted_image_counts_as_so_many(seed):
+    """As often as its weight says, in a test set of its own; with ties and with ignored images."""
+    generator = np.random.default_rng(seed)
+    scores = generator.integers(0, 12, (30, 2)).astype(np.float32)
+    labels = generator.choice([-1, -1, 0, 1], (30, 2)).astype(np.int8)
+    weights = generator.integers(0, 3, (3, 30))
+    weights[0] = 1
+    run = {"scores": scores, "labels": labels}
+    for found, times in zip(weighted_ap(run, weights), weights, strict=True):
+        drawn = [torch.from_numpy(part.repeat(times, axis=0)) for part in (scores, labels)]
+        assume((drawn[1] > 0).any(0).all())
+        assert found == pytest.approx(average_precision(*drawn)["step"], abs=1e-12)
+
+
+def random_detections(seed, images=20, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+    truth, found = [], []
+    for _ in range(images):
+        count = int(torch.randint(0, 4, (1,), generator=generator))
+        corner = torch.rand(count, 2, generator=generator) * 200
+        boxes = torch.cat([corner, corner + 20 + 40 * torch.rand(count, 2, generator=generator)], 1)
+        own = torch.randint(0, classes, (count,), generator=generator)
+        truth.append(Truth(boxes, own, torch.rand(count, generator=generator) < 0.2))
+        moved = torch.cat([boxes, boxes]) + 12 * torch.randn(2 * count, 4, generator=generator)
+        found.append((moved, torch.rand(2 * count, generator=generator), own.repeat(2)))
+    return truth, found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_weighted_image_counts_as_so_many_in_detection(seed):
+    truth, found = random_detections(seed)
+    split = SimpleNamespace(ids=[*map(str, range(20))], classes="abc")
+    run = scores_of(Detections.of(found), truth, split)
+    weights = np.random.default_rng(seed).integers(0, 3, (4, 20))
+    weights[0] = 1
+    for values, times in zip(weighted_ap(run, weights), weights, strict=True):
+        index = np.arange(20).repeat(times)
+        expected = voc_ap(Detections.of([found[i] for i in index]), [truth[i] for i in index], 3)["voc11"]
+        assert values == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_the_bootstrap_knows_what_is_paired():
+    """Two runs whose scores differ by little on the same images: far less noise than of each for itself."""
+    generator = np.random.default_rng(0)
+    labels = np.where(generator.random((400, 2)) < 0.2, 1, -1).astype(np.int8)
+    scores = (labels + 1.5 * generator.standard_normal((400, 2))).astype(np.float32)
+    first = {"ids": np.arange(400), "scores": scores, "labels": labels}
+    second = first | {"scores": scores + 0.05 * generator.standard_normal((400, 2)).astype(np.float32)}
+    drawn = bootstrap(first, second)
+    assert drawn.shape == (1001, 2)
+    step = [
+        average_precision(*(torch.from_numpy(run[key]) for key in ("scores", "labels")))["step"]
+        for run in (first, second)
+    ]
+    assert drawn[0] == pytest.approx(step[0] - step[1], abs=1e-12)
+    alone = bootstrap(first, first | {"scores": np.zeros_like(scores)})
+    assert drawn[1:].std(0).max() < 0.3 * alone[1:].std(0).min()
+    assert np.abs(bootstrap(first, first)).max() == 0
+    with pytest.raises(ValueError, match="not of the same test images"):
+        bootstrap(first, second | {"ids": np.arange(1, 401)})
+
+
+def test_the_interval_of_welch_holds_the_difference_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(1000):
+        low, high = welch(generator.normal(3, 1, 3), generator.normal(1, 2, 4))
+        held += low < 2 < high
+    assert 930 <= held <= 980
+    assert welch([1.0], [2.0, 3.0]) is None
+    assert welch([1.0, 1.0], [3.0, 3.0]) == (-2, -2)

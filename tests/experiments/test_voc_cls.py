@@ -20,6 +20,7 @@ from experiments.data.images import ImageCache
 from experiments.data.voc import CLASSES, read_split
 from experiments.engine.initialization import once
 from experiments.engine.losses import multilabel_loss
+from experiments.engine.metrics import weighted_ap
 from experiments.networks import CaffeNet
 
 CONFIGS = Path(voc_cls.__file__).parents[1] / "configs"
@@ -82,6 +83,11 @@ def test_a_run_learns_and_leaves_a_record(run, demo, tmp_path):
     for kind in ("step", "voc11"):
         mean = np.mean([values[kind] for values in record["per_class"].values()])
         assert record["metrics"][f"map_{kind}"] == pytest.approx(mean)
+
+    kept = {**np.load(path.parent / record["scores"])}
+    assert kept["ids"].tolist() == read_split(demo / "set", "test").ids
+    every = weighted_ap(kept, np.ones((1, 300), int))[0]
+    assert every == pytest.approx([cell["step"] for cell in record["per_class"].values()], abs=1e-12)
 
     curve = pd.read_csv(path.parent / record["curve"])
     assert curve["step"].tolist() == list(range(5, 301, 5))

@@ -233,6 +233,37 @@ def test_detection_has_tables_of_its_own(runs):
     assert "| Ours (k-means) | `kmeans` | 56.6 | 25.0 |" in tables["table2.md"]
 
 
+def test_detection_is_at_the_best_learning_rate_of_each_initialization(runs, tmp_path):
+    folder, add = runs
+    metrics = {"map_area": 0.3, "coco_ap": 0.12, "coco_ap50": 0.3}
+    for init, values in {"kmeans": {0.001: 0.2, 0.002: 0.4, 0.01: 0.3}, "msra": {0.001: 0.1, 0.01: 0.05}}.items():
+        for rate, value in values.items():
+            for seed in range(2):
+                changes = {"metrics": metrics | {"map_voc11": value}, "seed": seed, "config__seed": seed}
+                changes |= {"config__optimizer": {"name": "sgd", "lr": rate}, "config__init": KMEANS | {"name": init}}
+                add(f"{init}-{rate}-{seed}", experiment="voc_det", **changes)
+    text = make(folder)["table2-detection.md"]
+    assert text.count("## Preset") == 1
+    assert (
+        "| Ours (k-means) | `kmeans` | 45.6 | 40.0 ± 0.0 | 30.0 ± 0.0 | 12.0 ± 0.0 | 2 | 0 1 | 0.002, best of" in text
+    )
+    assert "0.002, best of 0.001, 0.002, 0.01 |" in text
+    assert "| MSRA (He et al. 2015) | `msra` | 37.2 | 10.0 ± 0.0 | 30.0 ± 0.0 |" in text
+    assert "0.001, best of 0.001, 0.01 |" in text
+
+
+def test_what_seeds_do_not_tell_apart_is_marked(runs, tmp_path):
+    folder, add = runs
+    for init, values in {"kmeans": (0.3, 0.31, 0.32), "pca": (0.29, 0.31, 0.33), "msra": (0.2, 0.21, 0.19)}.items():
+        for seed, value in enumerate(values):
+            changes = {"config__init": KMEANS | {"name": init}, "config__seed": seed, "metrics__map_step": value}
+            add(f"{init}{seed}", seed=seed, **changes)
+    add("lsuv", config__init={"name": "lsuv", "method": "lsuv"})
+    noise = csv_rows(folder, tmp_path).loc[MINI]["within_noise_of"].fillna("")
+    assert noise[["kmeans", "pca", "msra", "lsuv"]].tolist() == ["`pca`", "`kmeans`", "", "one seed"]
+    assert "| 31.0 ± 1.0 | 27.0 ± 0.0 | 3 | 0 1 2 | `pca` |" in make(folder)["table2.md"]
+
+
 def test_networks_pretrained_here_are_named_after_their_records(runs):
     folder, add = runs
     weights = {"name": "pretrained", "method": "pretrained", "weights": "outputs/mine/weights.safetensors"}
