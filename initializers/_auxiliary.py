@@ -61,7 +61,7 @@ def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: in
     except BaseException:
         remove()
         raise
-    report.rounds, report.output_change = 1, change
+    report.rounds, report.output_change, report.scaled = 1, change, True
     report.add_rates(first, last, {name: 2.0**exponent for name, exponent in exponents.items()})
     for row in report.layers:
         if problems.get(row.name):

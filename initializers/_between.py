@@ -79,4 +79,5 @@ def equalise_between(
     report.output_change, report.output_scales = change, scales.of_outputs(total)
     report.lrn = "estimate" if scales.through_lrn else "exact" if scales.lrns else None
     report.held_by = sorted(scales.pinned_by)
+    report.outputs_kept = scales.outputs_kept
     report.add_rates(first, last, scales.factors(total, lrn.log_factors))

@@ -47,16 +47,16 @@ class Function:
 
     @torch.no_grad()
     def _compute(self, factors: list[float]) -> Tensor:
-        """All outputs, each divided by its factor, in one row per image."""
+        """All outputs, each divided by its factor, as one vector."""
         torch.manual_seed(0)  # for models that draw random numbers even in evaluation mode
-        rows = []
+        parts: list[Tensor] = []
         with without_dropout(self.layers.model):
             for batch in zip(*(x.split(IMAGES_AT_A_TIME) for x in self.inputs), strict=True):
                 with without_memory(self.layers.model):
                     outputs = forward(self.layers, batch, lambda call, x, compute: compute())
                 each = zip(outputs, factors or [1.0] * len(outputs), strict=True)
-                rows.append(torch.cat([output.reshape(len(output), -1) / factor for output, factor in each], 1))
-        return torch.cat(rows)
+                parts += [output.flatten() / factor for output, factor in each]
+        return torch.cat(parts)
 
 
 def some(inputs: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:

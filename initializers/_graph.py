@@ -109,9 +109,12 @@ class Graph:
         shapes: of each value, for `SIZES[0]` images.
         storages: number of the memory of each value, which views of one tensor share.
         varying: values that depend on the images.
+        learned: values that depend on an affine layer.
         inputs, outputs: values of the model's inputs and of the tensors it returns.
         dropouts: modules that ran.
-        interact: whether what comes of an image depends on the others of its batch.
+        interact: whether what comes of an image depends on the others of its batch, or of earlier ones, as where a
+            running mean is a part of it.
+        decides: whether values that depend on the images, but on no layer, decided what the model did.
     """
 
     layers: Layers
@@ -124,7 +127,9 @@ class Graph:
     inputs: list[int]
     outputs: list[int]
     dropouts: set[nn.Module] = field(default_factory=set)
+    learned: set[int] = field(default_factory=set)
     interact: bool = False
+    decides: bool = False
 
     def aliases(self, value: int) -> list[int]:
         """Values that change where this one is changed in place, itself among them."""
@@ -149,9 +154,8 @@ class Graph:
         used: list[tuple[Tensor, str]] = []
         found: dict[str, str] = {}
         for operation in self.operations:
-            if operation.call is None:
-                used += self._used(operation)
-            else:
+            used += self._used(operation)
+            if operation.call is not None:
                 weight = operation.call.layer.weight
                 name = next((name for tensor, name in used if overlap(tensor, weight)), None)
                 if name is not None:
@@ -159,12 +163,16 @@ class Graph:
         return found
 
     def _used(self, operation: Operation) -> list[tuple[Tensor, str]]:
-        """What an operation that is no layer computes with and what does not depend on the images, and its name.
+        """What an operation computes with and what does not depend on the images, and its name.
 
-        Not that of which it only gives a view.
+        Not that of which it only gives a view, and not the weight and bias of a layer.
         """
         results = {self.storages[index] for index in operation.outputs}  # of a view: the parameter's own
-        inputs = [index for index in operation.inputs if index in self.fixed]
+        inputs = operation.inputs
+        if operation.call is not None:
+            entering = input_of(operation.name, operation.args, operation.kwargs)
+            inputs = [entering.index] if isinstance(entering, Ref) else []
+        inputs = [index for index in inputs if index in self.fixed]
         if self.layers.is_scaling(operation.func, tuple(self.fixed[index] for index in inputs)):
             return []
         return [(self.fixed[index], operation.name) for index in inputs if self.storages[index] not in results]
@@ -174,12 +182,12 @@ class Graph:
         """By memory, what is used other than as a layer, and the names of the functions."""
         found: dict[int, list[tuple[Tensor, str]]] = {}
         for operation in self.operations:
-            for tensor, name in self._used(operation) if operation.call is None else []:
+            for tensor, name in self._used(operation):
                 found.setdefault(memory(tensor), []).append((tensor, name))
         return found
 
     def other_use(self, tensor: Tensor) -> str | None:
-        """Name of the first function that computes with a parameter, or with a view of it, other than as a layer."""
+        """Name of the first function that computes with a parameter, or with a view of it, other than as its weight."""
         others = self._other_uses.get(memory(tensor), [])
         return next((name for used, name in others if overlap(used, tensor)), None)
 
@@ -279,16 +287,26 @@ def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
     for one, other in zip(first.operations, second.operations, strict=True):
         one.args, one.kwargs = _generalise((one.args, one.kwargs), (other.args, other.kwargs))
     with forked_random(inputs[0].device):
-        first.interact = _interact(results, others) and _interact_in_full(layers, inputs)
-        count = len(inputs[0])
-        for size in {min(IMAGES_AT_A_TIME, count), count % IMAGES_AT_A_TIME} - {0, *SIZES}:
-            graph, _ = _record(layers, inputs, size)
+        first.interact |= _interact(results, others) and _interact_in_full(layers, inputs)
+        for part in _parts(first, inputs):
+            size = len(part[0])
+            graph, _ = _record(layers, part, size)
             _check_alike(first, graph)
             for one, other in zip(first.operations, graph.operations, strict=True):
                 expected = map_tree((one.args, one.kwargs), lambda leaf, size=size: _at(leaf, size))
                 _generalise(expected, (other.args, other.kwargs), sizes=False)
     layers.per_image = per_image
     return first
+
+
+def _parts(graph: Graph, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Batches to compare the graph with: one of each size that will run, or all, where their values decide."""
+    batch = len(inputs[0]) if graph.interact else IMAGES_AT_A_TIME
+    parts = [*zip(*(x.split(batch) for x in inputs), strict=True)]
+    if graph.decides:
+        return parts
+    by_size = {len(part[0]): part for part in reversed(parts)}
+    return [part for size, part in by_size.items() if size not in SIZES]
 
 
 def _interact_in_full(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
@@ -304,7 +322,7 @@ def _interact_in_full(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
 def _interact(one: list[Tensor], other: list[Tensor]) -> bool:
     """Whether what comes of the first images changes with one image more, as where a batch is normalised by itself."""
     pairs = [(a, b[: len(a)]) for a, b in zip(one, other, strict=True) if (len(a), len(b)) == SIZES]
-    return any((a - b).norm() > INTERACTION * a.norm() for a, b in pairs)
+    return any(a.shape != b.shape or (a - b).norm() > INTERACTION * a.norm() for a, b in pairs)
 
 
 def _at(leaf, size: int):
@@ -329,15 +347,17 @@ def _rows(graph: Graph) -> list[int]:
 def record_once(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
     """The graph of a model for so many images, which tells how scales travel.
 
-    It is compared with that of other images, as a part of the model that cannot be seen gives other constants there.
+    It is compared with that of other images, as a part of the model that cannot be seen gives other constants there;
+    but not where images decide what the model does: there these images' tells.
 
     Raises:
         UngraphableError: what the model does depends on the values of its activations.
     """
     others = tuple(x.roll(1 + len(x) // 2, 0) for x in inputs)
     with forked_random(inputs[0].device):
-        (graph, _), (other, _) = _record(layers, inputs, size), _record(layers, others, size)
-    _check_alike(graph, other)
+        graph, _ = _record(layers, inputs, size)
+        if not graph.decides:
+            _check_alike(graph, _record(layers, others, size)[0])
     return graph
 
 
@@ -432,6 +452,8 @@ class _Recorder(AffineMode):
         )
         step = Operation(name, func, args_of, kwargs_of, [], call, self.modules[-1] if self.modules else None)
         varying = call is not None or any(index in self.graph.varying for index in step.inputs)
+        scripted = isinstance(func, torch.jit.ScriptModule)  # which may hold layers
+        learned = call is not None or scripted or any(index in self.graph.learned for index in step.inputs)
         tensors = tensors_of(output)
         if name == "__setitem__":
             changed = step.inputs[:1]
@@ -442,11 +464,17 @@ class _Recorder(AffineMode):
             self.graph.shapes.update((i, tensor.shape) for i, tensor in zip(changed, tensors, strict=True))  # resized
         elif output is None or not varying or name in _METADATA:
             return output
+        elif not learned:
+            self.graph.decides = True
+            return output
         else:
             raise UngraphableError(f"what {name} gives decides what the model does next, or leaves torch")
+        in_place = {alias for index in changed if index in step.inputs for alias in self.graph.aliases(index)}
+        self.graph.interact |= not in_place.isdisjoint(self.graph.constants)  # the next batch finds other values
         if varying:
-            in_place = [self.graph.aliases(index) for index in changed if index in step.inputs]
-            self.graph.varying.update(changed, *in_place)
+            self.graph.varying.update(changed, in_place)
+        if learned:  # how many rows of a packed sequence are of one step depends on the lengths alone
+            self.graph.learned.update(changed[:1] if name == "_pack_padded_sequence" else changed, in_place)
         self.graph.operations.append(step)
         if call is not None and self.compares:
             self.results += tensors

@@ -57,6 +57,10 @@ ALL_COMPUTED = (
     "the model computes the weights of all its layers, as spectral_norm and other parametrizations do: remove these "
     "(torch.nn.utils.parametrize.remove_parametrizations), initialize, and register them again"
 )
+TRANSFORMED = (
+    "the model computes inside torch.vmap or another transform of torch.func, where its layers cannot be seen: give "
+    "them the whole batch"
+)
 MODULES = (nn.Linear, nn.modules.conv._ConvNd)
 
 # `multi_head_attention_forward` hands itself to the active mode before anything else; this copy goes straight on, so
@@ -372,6 +376,8 @@ class AffineMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch._C._functorch.maybe_current_level() is not None:  # where tensors have no memory to know them by
+            raise InitializationError(TRANSFORMED)
         weight = computed(self.layers.weight_norms, func, args)
         if weight is not None:
             return weight

@@ -333,6 +333,7 @@ def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, .
         InitializationError: the model rejects inputs of this shape, or returns nothing with a row per image.
     """
     positional = len(inputs) - len(names)
+    torch.clear_autocast_cache()  # which holds casts of weights that have changed since
     try:
         output = model(*inputs[:positional], **dict(zip(names, inputs[positional:], strict=True)))
     except InitializationError:

@@ -110,6 +110,9 @@ class _Propagation:
             except (RuntimeError, TypeError, IndexError, ValueError) as error:
                 message = f"the between-layer step cannot follow {operation.name} ({error}); pass between=False"
                 raise InitializationError(message) from error
+        if outputs == "keep":
+            kept = [index for index in {*self.graph.outputs} if (self._of(Ref(index)) > PINNED).any()]
+            self.scales.outputs_kept = len(kept)
         for index in self.graph.outputs:
             labels = self._of(Ref(index))
             if outputs == "keep":

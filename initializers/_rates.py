@@ -14,6 +14,8 @@ from initializers._plot import plot_rates
 
 RATE_DRAWS = 4  # top gradients for each image, where a step is exact and need not be repeated
 IMAGES_AT_A_TIME = 16  # bounds the activations kept for the backward pass
+FAINT = 1e-5  # of the largest rate: one below may be of gradients that are rounding
+LINEAR = 0.1  # relative difference up to which a gradient is linear in the top gradient
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class Measurement:
             expectation over images; float64 (tops, groups, inputs), for the top gradient of each output of the model
             apart, or (1, groups, inputs) for all together.
         weights: per layer, the mean square of each input channel's weights when measured; float64 (groups, inputs).
-        outputs: of the model, all that depend on its weights, in one row per image: (N, values).
+        outputs: of the model, all that depend on its weights, in one row per image: (N, values); with zeros behind
+            those of a smaller batch, where each image has a value for each of its batch.
         left_out: layers of which `squares` and `weights` hold nothing, as they do not learn yet, and why.
     """
 
@@ -158,7 +161,8 @@ def measure(
                         squares.setdefault(name, found.new_zeros(len(together), *found.shape))[number] += found
             tops.append(_rows(top))
     weights = {name: _mean_squares(layer) for name, layer in used.items()}
-    return Measurement(used, _of_stored(used, squares), weights, torch.cat(tops))
+    width = max(top.shape[1] for top in tops)
+    return Measurement(used, _of_stored(used, squares), weights, torch.cat([_padded(top, width) for top in tops]))
 
 
 def usable_rates(
@@ -186,8 +190,12 @@ def usable_rates(
             measurement.left_out[name] = "its weights are all 0"
         elif not squares[name].any():
             measurement.left_out[name] = "no gradient reaches it on these images"
-        else:
-            continue
+    for name in measurement.left_out:
+        del squares[name], weights[name]
+    rates = measurement.rates.mean
+    faint = [name for name, rate in rates.items() if rate < FAINT * max(rates.values())]
+    for name in _rounding(layers, inputs, faint, seed) if faint else ():
+        measurement.left_out[name] = "no gradient but rounding reaches it on these images"
         del squares[name], weights[name]
     if not squares:
         raise InitializationError(
@@ -195,6 +203,35 @@ def usable_rates(
             "give a last layer that starts at 0 random weights for this call"
         )
     return measurement
+
+
+def _rounding(layers: Layers, inputs: tuple[Tensor, ...], names: list[str], seed: int) -> list[str]:
+    """Of some layers those whose gradients are rounding of what cancels out, as before a softmax over equal values.
+
+    Gradients are linear in the top gradient: where three times that gives other than three times them, nothing is left
+    but rounding. Seen on the first images.
+    """
+    generator = torch.Generator(inputs[0].device).manual_seed(seed)
+    torch.manual_seed(seed)
+    batch = IMAGES_AT_A_TIME if layers.per_image else 1
+    found: list[dict[str, Tensor]] = []
+    with without_memory(layers.model):
+        calls, top = _with_graph(layers, tuple(x[:batch] for x in inputs), None)
+        top = [output for output in top if output.requires_grad]
+        noise = [_like(output, generator) for output in top]
+        for factor in (1, 3):
+            gradients = _gradients(top, [factor * each for each in noise], calls, keep=factor == 1)
+            uses = {name: gradients[name] for name in names if name in gradients}
+            found.append({name: _weight_gradient(of_layer) / factor for name, of_layer in uses.items()})
+    one, other = found
+    return [name for name in one if (one[name] - other[name]).norm() > LINEAR * one[name].norm()]
+
+
+def _weight_gradient(uses: list[tuple[Call, Tensor, Tensor]], part: slice = slice(None)) -> Tensor:
+    """Gradient of the weights, shaped like them: the sum over the uses of a layer, and over some rows of each."""
+    return torch.as_tensor(
+        sum(call.weight_gradient(x[part].float(), gradient[part].float()) for call, x, gradient in uses)
+    )
 
 
 def _with_graph(
@@ -255,6 +292,10 @@ def _rows(top: list[Tensor]) -> Tensor:
     if not learned:
         raise InitializationError("the output of the model does not depend on the weights of its layers")
     return torch.cat(learned, 1)
+
+
+def _padded(rows: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(rows, (0, width - rows.shape[1]))
 
 
 def _of_stored(used: dict[str, Layer], squares: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -322,6 +363,5 @@ def _column_squares(layer: Layer, uses: list[tuple[Call, Tensor, Tensor]], image
     total = torch.zeros(layer.blocks.shape[::2], dtype=torch.float64, device=layer.weight.device)
     for image in range(images):
         part = slice(None) if images == 1 else slice(image, image + 1)
-        gradients = [call.weight_gradient(x[part].float(), gradient[part].float()) for call, x, gradient in uses]
-        total += layer.as_blocks(torch.as_tensor(sum(gradients))).square().sum((1, 3))
+        total += layer.as_blocks(_weight_gradient(uses, part)).square().sum((1, 3))
     return total.cpu() / (outputs * kernel)

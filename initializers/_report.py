@@ -71,6 +71,8 @@ class Report:
         powers_of_two: whether the scales were rounded to powers of two, because the network amplifies the rounding of
             its weights so much that its output would have changed otherwise; the rates are then less equal.
         held_by: names of the operations that are not homogeneous, and hold the scale of what they take and give.
+        scaled: whether the between-layer step was the auxiliary scaling (`nonhomogeneous="scale"`).
+        outputs_kept: number of the model's outputs whose scale the between-layer step could change, and does not.
         output_change: relative change of the model's output by the between-layer step, in norm.
         output_scales: what each output of the model was multiplied by, where they were free (`outputs="free"`); the
             change of the output is that beside it.
@@ -89,6 +91,8 @@ class Report:
     unsaved: list[str] = field(default_factory=list)
     powers_of_two: bool = False
     held_by: list[str] = field(default_factory=list)
+    scaled: bool = False
+    outputs_kept: int = 0
     output_change: float | None = None
     output_scales: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -141,10 +145,7 @@ class Report:
     def _about_the_function(self) -> list[str]:
         lines = []
         if self.output_change is not None and self.rounds and (self.spread_after or 1) > HELD:
-            parts = f"parts that are not homogeneous ({_some(self.held_by)})" if self.held_by else "shortcuts"
-            lines.append(
-                f'the rates are held apart by {parts}, nonhomogeneous="scale" makes them equal whatever holds them'
-            )
+            lines.append(f"the rates are held apart by {self._holding()}")
         if self.output_scales:
             lines.append(f"outputs multiplied by {', '.join(f'{scale:.3g}' for scale in self.output_scales)}")
         if self.powers_of_two:
@@ -160,6 +161,16 @@ class Report:
             names = _some(self.unsaved)
             lines.append(f"constants were scaled that the state dict does not hold, keep the module: {names}")
         return lines
+
+    def _holding(self) -> str:
+        """What keeps the rates from being equal, and what makes them so."""
+        if self.scaled:
+            return "layers that cannot be scaled, their notes say why"
+        parts = [f"parts that are not homogeneous ({_some(self.held_by)})"] if self.held_by else []
+        parts += ["scales that are powers of two"] if self.powers_of_two else []
+        parts += [f"{self.outputs_kept} outputs that keep their scales"] if self.outputs_kept > 1 else []
+        parts = parts or ["shortcuts"]
+        return f"{' and by '.join(parts)}, " + 'nonhomogeneous="scale" makes them equal whatever holds them'
 
     def _about_the_rest(self) -> list[str]:
         lines = []

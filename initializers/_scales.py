@@ -62,6 +62,7 @@ class Scales:
             what comes in. They scale only nearly, so that the scale that comes out has to be measured.
         outputs: labels of the outputs of the model, where these are free; their factor scales the gradients that they
             hand down.
+        outputs_kept: number of outputs that are not free and depend on a scale that is.
         degrees: their local degree of homogeneity by the label that comes out, once measured; 1 until then.
         pinned_by: names of operations that are not homogeneous, with free scales beside them.
         variables: number of free variables.
@@ -75,6 +76,7 @@ class Scales:
     lrns: list[tuple[Any, int]] = field(default_factory=list)
     through_lrn: dict[int, int] = field(default_factory=dict)
     outputs: list[int] = field(default_factory=list)
+    outputs_kept: int = 0
     degrees: dict[int, float] = field(default_factory=dict)
     pinned_by: set[str] = field(default_factory=set)
     variables: int = 0
