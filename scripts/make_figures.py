@@ -42,7 +42,8 @@ ROWS = {"figure3": ((1 / 32, False), (10 / 32, True), (1, True)), "figure4": ((1
 
 
 CHOICES = {"figure3": ("lrn", "no LRN"), "figure4": ("auxiliary", "single loss")}  # that tell lines of a figure apart
-SMOOTH = 40  # parts of a curve on VOC 2007 that it is smoothed over
+SMOOTH = 40  # a curve on VOC 2007 is smoothed over such a part of it
+START = 0.03  # part of the training whose losses may be cut off there
 DATA = {"paper": "imagenet", "mini": "tiny_imagenet", "demo": "demo-folders"}  # of the presets
 GROUP = ["config.model._target_", "preset", "config.data.name"]
 
@@ -105,7 +106,7 @@ def make_figures(paths: Sequence[Path]) -> dict[str, bytes]:
 def draw_voc(title: str, block: pd.DataFrame) -> bytes:
     """The training losses of a protocol on VOC 2007, a line for each initialization, a curve for each seed; as PNG."""
     block = one_of_each_seed(by_initialization(block), ["init"])
-    lines = sorted(set(block["init"]))
+    lines, highest = sorted(set(block["init"])), 0.0
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     for _, row in block.iterrows():
         try:
@@ -116,19 +117,21 @@ def draw_voc(title: str, block: pd.DataFrame) -> bytes:
         text = {"label": f"{row['init']}, n={(block['init'] == row['init']).sum()}"}
         smooth = curve["loss"].rolling(max(1, len(curve) // SMOOTH), min_periods=1).mean()
         axis.plot(curve["step"], smooth, **style_of(number), **marks(number, curve), **text, linewidth=1)
-    axis.set(title=title, xlabel="iteration", ylabel="training loss (nats), smoothed, on a log scale", yscale="log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+        highest = max(highest, smooth[curve["step"] > START * curve["step"].max()].max())
+    axis.set(title=title, xlabel="iteration", ylabel="training loss (nats), smoothed")
+    axis.set_ylim(top=1.05 * highest)  # the first losses are larger, and would press the others together
     axis.grid(alpha=0.3)
     handles, names = axis.get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside right center", fontsize="small")
+    names = sorted(once)
+    figure.legend([once[name] for name in names], names, loc="outside right center", fontsize="small")
     return encoded(figure, "png", dpi=110)
 
 
 def marks(number: int, curve: pd.DataFrame) -> dict:
-    """Markers of the line of this number, at a tenth of a curve's length from each other."""
-    return {"marker": MARKERS[number % len(MARKERS)], "markevery": max(1, len(curve) // 10), "markersize": 4}
+    """Markers of the line of this number, at a tenth of a curve's length from each other, and not all at one place."""
+    apart = max(1, len(curve) // 10)
+    return {"marker": MARKERS[number % len(MARKERS)], "markevery": (number % apart, apart), "markersize": 4}
 
 
 def read_runs(group: pd.DataFrame, figure: str | None) -> list[Run]:
