@@ -106,7 +106,7 @@ def make_figures(paths: Sequence[Path]) -> dict[str, bytes]:
 def draw_voc(title: str, block: pd.DataFrame) -> bytes:
     """The training losses of a protocol on VOC 2007, a line for each initialization, a curve for each seed; as PNG."""
     block = one_of_each_seed(by_initialization(block), ["init"])
-    lines, highest = sorted(set(block["init"])), 0.0
+    lines, ends = sorted(set(block["init"])), []
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     for _, row in block.iterrows():
         try:
@@ -117,9 +117,9 @@ def draw_voc(title: str, block: pd.DataFrame) -> bytes:
         text = {"label": f"{row['init']}, n={(block['init'] == row['init']).sum()}"}
         smooth = curve["loss"].rolling(max(1, len(curve) // SMOOTH), min_periods=1).mean()
         axis.plot(curve["step"], smooth, **style_of(number), **marks(number, curve), **text, linewidth=1)
-        highest = max(highest, smooth[curve["step"] > START * curve["step"].max()].max())
+        ends += [*smooth[curve["step"] > START * curve["step"].max()].agg(["min", "max"])]
     axis.set(title=title, xlabel="iteration", ylabel="training loss (nats), smoothed")
-    axis.set_ylim(top=1.05 * highest)  # the first losses are larger, and would press the others together
+    axis.set_ylim(0.97 * min(ends), 1.03 * max(ends))  # larger first losses would press the others together
     axis.grid(alpha=0.3)
     handles, names = axis.get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))
