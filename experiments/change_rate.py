@@ -19,7 +19,7 @@ from experiments.data.prepare import prepare
 from experiments.data.voc import open_split
 from experiments.engine import run
 from experiments.engine.command import command
-from experiments.engine.figures import encoded
+from experiments.engine.figures import MARKERS, encoded, style_of
 from experiments.engine.initialization import choose, set_weights
 from experiments.networks import make_network
 
@@ -73,6 +73,8 @@ def draw(rates: dict[str, initializers.Rates]) -> bytes:
         found.plot(axes, label=line)
     for axis in axes:
         axis.get_legend().remove()
+        for number, drawn in enumerate(axis.lines):
+            drawn.set(**style_of(number), marker=MARKERS[number % len(MARKERS)], markersize=4)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return encoded(figure, "png", dpi=110)
 

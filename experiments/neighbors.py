@@ -27,7 +27,7 @@ from experiments.data.prepare import prepare
 from experiments.data.voc import Split, open_split, set_outputs
 from experiments.engine import run
 from experiments.engine.command import command
-from experiments.engine.figures import encoded
+from experiments.engine.figures import COLOURS, encoded
 from experiments.engine.initialization import choose, set_weights
 from experiments.networks import make_network
 from initializers._images import open_image
@@ -59,21 +59,25 @@ def main(cfg: DictConfig) -> None:
     with run.open_folder(folder):
         for line, init in cfg.lines.items():
             model = make_network(cfg.model, len(test.classes)).to(device)
-            set_weights(model, init, images, cfg.seed)
+            layer = init.get("layer", cfg.layer)
+            set_weights(model, {key: value for key, value in init.items() if key != "layer"}, images, cfg.seed)
             path = folder / f"features-{digest(cfg, init)}.npy"
             if not path.exists():
                 buffer = io.BytesIO()
-                np.save(buffer, features(cfg, model, pool_cache, range(len(pool_cache)), line).numpy())
+                np.save(buffer, features(cfg, model, layer, pool_cache, range(len(pool_cache)), line).numpy())
                 files.write_bytes(path, buffer.getvalue())
             known = F.normalize(torch.from_numpy(np.load(path)))
-            similar = F.normalize(features(cfg, model, test_cache, queries, f"{line}, queries")) @ known.T
+            similar = F.normalize(features(cfg, model, layer, test_cache, queries, f"{line}, queries")) @ known.T
             found[line] = similar.masked_fill(same, -1).topk(cfg.neighbors)
         table = pd.DataFrame([row for line in found for row in rows(line, test, queries, pool, *found[line])])
         share = table.groupby("line", sort=False)["shares_a_class"].mean().to_dict()
-        files.write_bytes(folder / "figure2.jpg", draw(test, queries, pool, found))
+        shared = (test.labels[queries] > 0).float() @ (pool.labels > 0).float().T > 0
+        chance = shared[~same].float().mean().item()
+        files.write_bytes(folder / "figure2.jpg", draw(test, queries, pool, found, share, chance))
         files.write_text(folder / "figure2.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-        run.write_record(record, cfg, device, data=cfg.data.name, shares_a_class=share)
+        run.write_record(record, cfg, device, data=cfg.data.name, shares_a_class=share, chance=chance)
     print("neighbours that show a class of the query: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in share.items()))
+    print(f"images at random: {100 * chance:.0f} %; n={len(queries)} queries with {cfg.neighbors} neighbours each")
     print(folder / "figure2.jpg")
 
 
@@ -89,25 +93,30 @@ def digest(cfg: DictConfig, init: Mapping) -> str:
 
 
 @torch.no_grad()
-def features(cfg: DictConfig, model: nn.Module, cache: ImageCache, index: Sequence[int], label: str) -> Tensor:
+def features(
+    cfg: DictConfig, model: nn.Module, layer: str | None, cache: ImageCache, index: Sequence[int], label: str
+) -> Tensor:
     """What a layer gives, or what comes to the last one, for images squashed to a square: (images, values).
 
-    What a layer gives is taken before what follows works in place.
+    What a layer gives is taken behind its ReLU if one follows, as in the blob of that name in Caffe, and before what
+    follows works in place.
     """
     layers = dict(model.named_modules())
-    if cfg.layer is not None and cfg.layer not in layers:
-        names = ", ".join(name for name, module in layers.items() if name and not [*module.children()])
-        raise ValueError(f"layer={cfg.layer}: the network has {names}")
+    names = [name for name, module in layers.items() if name and not [*module.children()]]
+    if layer is not None and layer not in layers:
+        raise ValueError(f"layer={layer}: the network has {', '.join(names)}")
+    if layer in names[:-1] and isinstance(layers[after := names[names.index(layer) + 1]], nn.ReLU):
+        layer = after
     batches: list[Tensor] = []
     kept: list[Tensor] = []
 
     def keep(values: Tensor) -> None:
         kept.append(values.flatten(1).cpu().clone())
 
-    if cfg.layer is None:
+    if layer is None:
         hook = layers[model.last_layer].register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))
     else:
-        hook = layers[cfg.layer].register_forward_hook(lambda _, __, output: keep(output))
+        hook = layers[layer].register_forward_hook(lambda _, __, output: keep(output))
     try:
         for part in tqdm(torch.tensor(index).split(cfg.batch_size), desc=label, disable=None):
             model.eval()(squash(cache, part, cfg.crop.size, cfg.data.mean))
@@ -133,30 +142,51 @@ def rows(line: str, test: Split, queries: list[int], pool: Split, similarity: Te
     ]
 
 
-def draw(test: Split, queries: list[int], pool: Split, found: dict[str, tuple[Tensor, Tensor]]) -> bytes:
-    """A row for each query, with the neighbours that each line finds side by side; as JPEG."""
+def draw(
+    test: Split,
+    queries: list[int],
+    pool: Split,
+    found: dict[str, tuple[Tensor, Tensor]],
+    share: dict[str, float],
+    chance: float,
+) -> bytes:
+    """A row for each query, with the neighbours that each line finds side by side; as JPEG.
+
+    Below each image are its classes; those that show one of the query's are framed, and marked by a tick.
+    """
     count = next(iter(found.values()))[1].shape[1]
     widths = [1, *([0.15] + [1] * count) * len(found)]
-    figure, axes = plt.subplots(
-        len(queries), len(widths), figsize=(sum(widths), len(queries)), width_ratios=widths, squeeze=False
-    )
-    figure.subplots_adjust(0, 0, 1, 1 - 0.25 / len(queries), 0.03, 0.03)
+    size = (1.15 * sum(widths), 1.35 * len(queries) + 0.9)
+    figure, axes = plt.subplots(len(queries), len(widths), figsize=size, width_ratios=widths, squeeze=False)
+    figure.subplots_adjust(0.005, 0.02, 0.995, 1 - 1.0 / size[1], 0.04, 0.2)
     for axis in axes.flat:
         axis.axis("off")
     for number, query in enumerate(queries):
-        show(axes[number, 0], test.image_paths[query])
+        show(axes[number, 0], test, query)
         for group, (_, index) in enumerate(found.values()):
             for rank, i in enumerate(index[number].tolist()):
-                show(axes[number, 2 + group * (count + 1) + rank], pool.image_paths[i])
-    axes[0, 0].set_title("query", fontsize=7)
+                same = bool(((test.labels[query] > 0) & (pool.labels[i] > 0)).any())
+                show(axes[number, 2 + group * (count + 1) + rank], pool, i, same)
+    axes[0, 0].set_title("query", fontsize=11, loc="left")
     for group, line in enumerate(found):
-        axes[0, 2 + group * (count + 1)].set_title(line, fontsize=7, loc="left")
+        title = f"{line}: {100 * share[line]:.0f} % show a class of the query"
+        axes[0, 2 + group * (count + 1)].set_title(title, fontsize=11, loc="left")
+    text = f"{len(queries)} queries with {count} neighbours each; of images at random {100 * chance:.0f} %"
+    figure.suptitle(text, fontsize=11, x=0.005, ha="left")
     return encoded(figure, "jpg", dpi=100)
 
 
-def show(axis, path: Path) -> None:
-    """An image, squashed to a square as the network sees it."""
-    axis.imshow(open_image(path).resize((THUMBNAIL, THUMBNAIL)))
+def show(axis: plt.Axes, split: Split, number: int, same: bool = False) -> None:
+    """An image, squashed to a square as the network sees it, and the names of its classes."""
+    axis.imshow(open_image(split.image_paths[number]).resize((THUMBNAIL, THUMBNAIL)))
+    names = ", ".join(name for name, label in zip(split.classes, split.labels[number], strict=True) if label > 0)
+    mark, colour = ("\u2713 ", COLOURS[0]) if same else ("", "black")
+    axis.text(
+        0, THUMBNAIL + 3, mark + (names if len(names) < 24 else f"{names[:22]}…"), fontsize=6.5, va="top", color=colour
+    )
+    if same:
+        corner, side = (-0.5, -0.5), THUMBNAIL
+        axis.add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor=COLOURS[0], linewidth=3))
 
 
 if __name__ == "__main__":

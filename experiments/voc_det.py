@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.transforms import Bbox
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -69,7 +70,7 @@ def train_and_test(cfg: DictConfig, folder: Path, device: torch.device) -> None:
     record = run.record_of(folder, cfg)[0]
     files.write_arrays(run.scores_of(record), scores_of(found, truth, test))
     detection.write_detections(folder, cfg.data.test, test.ids, test.classes, found)
-    files.write_bytes(folder / "detections.jpg", draw(test, found, cfg.evaluate.pictures))
+    files.write_bytes(folder / "detections.jpg", draw(test, found, truth, cfg.evaluate.pictures))
     per_class = pd.DataFrame({kind: precision[kind] for kind in ("voc11", "area")}, index=test.classes)
     about = {
         "data": describe(cfg.data.name, cache, test_cache),
@@ -155,23 +156,48 @@ def detect_all(cfg: DictConfig, model: FastRCNN, cache: ImageCache, proposals: P
     return Detections.of(found)
 
 
-def draw(split: Split, found: Detections, count: int) -> bytes:
-    """The best detections in images evenly spread over the split: all above a score of 0.5, or else one; as JPEG."""
+def draw(split: Split, found: Detections, truth: list[detection.Truth], count: int) -> bytes:
+    """The best detections in images evenly spread over the split, and the objects dashed; as JPEG.
+
+    All above a score of 0.5 are drawn, or else one. Each class has a colour; objects are black on white.
+    """
     columns = 4
     figure, axes = plt.subplots(-(-count // columns), columns, figsize=(12, 3 * -(-count // columns)), squeeze=False)
+    figure.suptitle("detections with their scores; dashed: the objects that there are", fontsize=10)
+    figure.tight_layout()
     for axis in axes.flat:
         axis.axis("off")
     for axis, image in zip(axes.flat, range(0, len(split.ids), max(1, len(split.ids) // count)), strict=False):
         axis.imshow(open_image(split.image_paths[image]))
+        for box in truth[image].boxes.tolist():
+            frame(axis, box, "white", linewidth=2.5)
+            frame(axis, box, "black", linestyle="--", linewidth=1.2)
         rows = (found.images == image).nonzero().flatten()
         rows = rows[found.scores[rows].argsort(descending=True)]
+        labels: list[Bbox] = []
         for row in rows[: max(1, int((found.scores[rows] > 0.5).sum()))].tolist():
-            x1, y1, x2, y2 = found.boxes[row].tolist()
-            axis.add_patch(plt.Rectangle((x1, y1), x2 - x1 + 1, y2 - y1 + 1, fill=False, color="red"))
-            label = f"{split.classes[found.classes[row]]} {found.scores[row]:.2f}"
-            axis.text(x1, y1, label, color="white", fontsize=7, backgroundcolor=(1, 0, 0, 0.6))
-    figure.tight_layout()
+            number = int(found.classes[row])
+            colour, box = plt.get_cmap("tab20")(number % 20), found.boxes[row].tolist()
+            frame(axis, box, colour, linewidth=2)
+            label(axis, box, f"{split.classes[number]} {found.scores[row]:.2f}", colour, labels)
     return encoded(figure, "jpg", dpi=80)
+
+
+def frame(axis: plt.Axes, box: list[float], colour, **style) -> None:
+    """A box, both corners inside it."""
+    x1, y1, x2, y2 = box
+    axis.add_patch(plt.Rectangle((x1, y1), x2 - x1 + 1, y2 - y1 + 1, fill=False, edgecolor=colour, **style))
+
+
+def label(axis: plt.Axes, box: list[float], words: str, colour, taken: list[Bbox]) -> None:
+    """A label at the upper left corner of a box, moved down past those that are there; it joins them, in pixels."""
+    background = {"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.85}
+    text = axis.text(box[0], box[1], words, color="black", fontsize=7, va="top", bbox=background)
+    area = text.get_window_extent().padded(2)
+    while any(area.overlaps(other) for other in taken):
+        area = area.translated(0, -area.height)
+    text.set_position(axis.transData.inverted().transform((area.x0 + 2, area.y1 - 2)))
+    taken.append(area)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def plot_rates(mean: dict[str, float], cv: dict[str, float], ax=None, label: str
         axis.plot(range(len(values)), list(values.values()), marker=".", label=label)
         axis.set_xticks(range(0, len(values), step), [*mean][::step], rotation=90, fontsize="small")
         axis.set_title(title)
+        axis.set_xlabel("layer, in order of execution")
+        axis.set_ylabel(title.removeprefix("(a) ").removeprefix("(b) "))
         axis.grid(alpha=0.3)
         if label is not None:
             axis.legend()

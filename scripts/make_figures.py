@@ -1,14 +1,16 @@
-"""Draw loss curves on ImageNet from the records of imagenet.py: Figures 3 and 4 of the paper, and those of one's own.
+"""Draw loss curves from the records of runs: Figures 3 and 4 of the paper on ImageNet, and those on VOC 2007.
 
     python scripts/make_figures.py                                 # results/runs -> results/figures
     python scripts/make_figures.py --runs outputs --out figures    # of one's own
 
 Writes figure3-<preset>.png (CaffeNet) and figure4-<preset>.png (GoogLeNet) for the presets that there are records of,
 and <network>-<preset>.png for other networks; names of other data follow. What the paper does not show is a line of its
-own, below the paper's; each seed is a curve in the colour of its line. Figures 1 and 2 are drawn by
+own, below the paper's; each seed is a curve in the colour of its line. The training losses on VOC 2007 are
+voc_cls-<preset>-<iterations>.png and voc_det-<preset>-<iterations>.png. Figures 1 and 2 are drawn by
 experiments/change_rate.py and experiments/neighbors.py.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +20,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments.engine.figures import LINES, encoded, line_of
+from experiments.engine.figures import LINES, MARKERS, encoded, line_of, style_of
 from experiments.engine.records import (
     assigned,
     by_initialization,
+    by_protocol,
     differing,
     is_own,
     make_files,
@@ -39,8 +42,9 @@ ROWS = {"figure3": ((1 / 32, False), (10 / 32, True), (1, True)), "figure4": ((1
 
 
 CHOICES = {"figure3": ("lrn", "no LRN"), "figure4": ("auxiliary", "single loss")}  # that tell lines of a figure apart
+SMOOTH = 40  # a curve on VOC 2007 is smoothed over such a part of it
+START = 0.03  # part of the training whose losses may be cut off there
 DATA = {"paper": "imagenet", "mini": "tiny_imagenet", "demo": "demo-folders"}  # of the presets
-STYLES = ("-", "--", ":", "-.")  # of ten colours each
 GROUP = ["config.model._target_", "preset", "config.data.name"]
 
 
@@ -48,11 +52,13 @@ GROUP = ["config.model._target_", "preset", "config.data.name"]
 class Run:
     """A record: its line in a figure, its curves, and what is needed to draw them.
 
+    - `classes`: their number, where the record states it.
     - `epoch`: iterations in which every image is seen once.
     - `curve`, `validation`: columns `step` and `loss`.
     """
 
     line: str
+    classes: int | None
     iterations: int
     epoch: float
     curve: pd.DataFrame
@@ -68,13 +74,14 @@ def figures_of(folders: list[Path], paths: list[Path]) -> dict[str, bytes]:
     figures = make_figures(paths)
     if not figures:
         raise ValueError(
-            f"no record of imagenet.py under {', '.join(map(str, folders))}: name its folder as --runs FOLDER"
+            "no record of imagenet.py, voc_cls.py or voc_det.py under "
+            f"{', '.join(map(str, folders))}: name its folder as --runs FOLDER"
         )
     return figures
 
 
 def make_figures(paths: Sequence[Path]) -> dict[str, bytes]:
-    """File name -> PNG of every figure, from the records of imagenet.py among `paths`.
+    """File name -> PNG of every figure, from the records among `paths`.
 
     Raises:
         ValueError: a record that cannot be read or drawn, by name.
@@ -88,7 +95,43 @@ def make_figures(paths: Sequence[Path]) -> dict[str, bytes]:
         numbered = (f"{stem}{'' if number == 1 else f'-{number}'}.png" for number in count(1))
         name = next(name for name in numbered if name not in figures)  # networks of two packages may share a name
         figures[name] = draw(figure, read_runs(group, figure))
+    for experiment in ("voc_cls", "voc_det"):
+        for protocol, block in by_protocol(read_records(paths, experiment, {})).items():
+            if len(block):
+                stem = re.sub(r"\W+", "-", f"{experiment} {protocol}".replace(",", "").replace(" iterations", ""))
+                figures[f"{stem}.png"] = draw_voc(f"{experiment}, {protocol}", block)
     return figures
+
+
+def draw_voc(title: str, block: pd.DataFrame) -> bytes:
+    """The training losses of a protocol on VOC 2007, a line for each initialization, a curve for each seed; as PNG."""
+    block = one_of_each_seed(by_initialization(block), ["init"])
+    lines, ends = sorted(set(block["init"])), []
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    for _, row in block.iterrows():
+        try:
+            curve = read_curve(Path(row["path"]).with_name(row["record"]["curve"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise no_record(row["path"], error if isinstance(error, ValueError) else repr(error)) from error
+        number = lines.index(row["init"])
+        text = {"label": f"{row['init']}, n={(block['init'] == row['init']).sum()}"}
+        smooth = curve["loss"].rolling(max(1, len(curve) // SMOOTH), min_periods=1).mean()
+        axis.plot(curve["step"], smooth, **style_of(number), **marks(number, curve), **text, linewidth=1)
+        ends += [*smooth[curve["step"] > START * curve["step"].max()].agg(["min", "max"])]
+    axis.set(title=title, xlabel="iteration", ylabel="training loss (nats), smoothed")
+    axis.set_ylim(0.97 * min(ends), 1.03 * max(ends))  # larger first losses would press the others together
+    axis.grid(alpha=0.3)
+    handles, names = axis.get_legend_handles_labels()
+    once = dict(zip(names, handles, strict=True))
+    names = sorted(once)
+    figure.legend([once[name] for name in names], names, loc="outside right center", fontsize="small")
+    return encoded(figure, "png", dpi=110)
+
+
+def marks(number: int, curve: pd.DataFrame) -> dict:
+    """Markers of the line of this number, at a tenth of a curve's length from each other, and not all at one place."""
+    apart = max(1, len(curve) // 10)
+    return {"marker": MARKERS[number % len(MARKERS)], "markevery": (number % apart, apart), "markersize": 4}
 
 
 def read_runs(group: pd.DataFrame, figure: str | None) -> list[Run]:
@@ -127,7 +170,9 @@ def read_run(row: pd.Series) -> Run:
         if isinstance(epoch, bool) or not isinstance(epoch, int | float) or not 0 < epoch < float("inf"):
             raise ValueError(f"epoch={epoch} is no number of iterations")
         curves = [read_curve(path.with_name(record[name])) for name in ("curve", "validation")]
-        return Run(row["line"], row["config"]["train"]["iterations"], epoch, *curves)
+        stated = re.search(r"(\d+) classes", row["data"])
+        classes = int(stated[1]) if stated and int(stated[1]) > 1 else None
+        return Run(row["line"], classes, row["config"]["train"]["iterations"], epoch, *curves)
     except (KeyError, TypeError, ValueError) as error:
         raise no_record(path, error if isinstance(error, ValueError) else repr(error)) from error
 
@@ -136,30 +181,37 @@ def draw(figure: str | None, shown: list[Run]) -> bytes:
     """A figure in the paper's layout, as PNG: training loss on the left, validation loss on the right."""
     rows = ROWS.get(figure, ((1, True),))
     lines = [*dict.fromkeys([*LINES.get(figure, {}).values(), *(run.line for run in shown)])]
-    picture, axes = plt.subplots(len(rows), 2, figsize=(11, 1 + 2.9 * len(rows)), layout="constrained", squeeze=False)
+    longest, classes = max(run.iterations for run in shown), {run.classes for run in shown} - {None}
+    picture, axes = plt.subplots(len(rows), 2, figsize=(11, 1 + 3.1 * len(rows)), layout="constrained", squeeze=False)
     for (part, smooth), pair in zip(rows, axes, strict=True):
         for run in shown:
-            training = run.curve["loss"]
-            if smooth:
-                spacing = run.curve["step"].diff().fillna(run.curve["step"]).median()
-                rows_of_epoch = max(1, min(len(training), round(run.epoch / spacing)))
-                training = training.rolling(rows_of_epoch, min_periods=1).mean()
-            curves = ((run.curve["step"], training), (run.validation["step"], run.validation["loss"]))
-            for axis, (steps, losses) in zip(pair, curves, strict=True):
-                early = steps <= part * run.iterations
-                number = lines.index(run.line)
-                style = {"color": f"C{number}", "linestyle": STYLES[number // 10 % len(STYLES)], "linewidth": 1}
-                style["label"] = run.line.lstrip("_").replace("$", r"\$")  # as text: no formula, and not left out
-                axis.plot(steps[early], losses[early], **style)
+            draw_run(run, lines.index(run.line), pair, part * run.iterations, smooth)
         for axis, title in zip(pair, ("training loss", "validation loss"), strict=True):
-            axis.set_xlim(0, part * max(run.iterations for run in shown))
+            axis.set_title(f"the first {part * longest:,.0f} iterations" if part < 1 else "all iterations", fontsize=10)
+            axis.set_xlim(0, part * longest)
             axis.set_xlabel("iteration")
-            axis.set_ylabel(title + ", smoothed" * (smooth and axis is pair[0]))
+            axis.set_ylabel(title + " (nats)" + ", smoothed" * (smooth and axis is pair[0]))
             axis.grid(alpha=0.3)
+            if len(classes) == 1:  # of a network that knows nothing: ln(classes), about 7 for the 1000 of ImageNet
+                axis.axhline(math.log(*classes), color="black", linestyle=(0, (1, 3)), linewidth=1, label="chance")
     handles, names = axes[-1, -1].get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))  # of the seeds of a line
-    picture.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once))
+    picture.legend(once.values(), once.keys(), loc="outside lower center", ncols=min(len(once), 6))
     return encoded(picture, "png", dpi=110)
+
+
+def draw_run(run: Run, number: int, pair: Sequence[plt.Axes], last: float, smooth: bool) -> None:
+    """The curves of a run up to iteration `last`, in the style of line `number`."""
+    training = run.curve["loss"]
+    if smooth:
+        spacing = run.curve["step"].diff().fillna(run.curve["step"]).median()
+        rows_of_epoch = max(1, min(len(training), round(run.epoch / spacing)))
+        training = training.rolling(rows_of_epoch, min_periods=1).mean()
+    for axis, table, losses in zip(pair, (run.curve, run.validation), (training, run.validation["loss"]), strict=True):
+        early = table["step"] <= last
+        style = style_of(number) | marks(number, table[early]) | {"linewidth": 1}
+        style["label"] = run.line.lstrip("_").replace("$", r"\$")  # as text: no formula, and not left out
+        axis.plot(table["step"][early], losses[early], **style)
 
 
 if __name__ == "__main__":

@@ -43,12 +43,12 @@ RESULTS = {
     "figure3": ("imagenet", "figure3"),
     "figure4": ("imagenet", "figure4"),
 }
-# A run of preset=demo takes half a minute or more; so many of them should take minutes together.
+# A run of preset=demo takes half a minute or more, and these are many. By experiment, or by sweep.
 DEMO = {
     "voc_cls": ["train.iterations=50", "train.log_every=10", "evaluate.crops=1", "rates.images=20"],
-    "voc_det": ["train.iterations=20", "train.log_every=10", "init=caffe,kmeans", "evaluate.pictures=4"],
+    "voc_det": ["train.iterations=20", "train.log_every=10"],
+    "detection": ["init=caffe,kmeans"],
     "imagenet": ["train.iterations=40", "train.log_every=10"],
-    "neighbors": ["init.images=100"],
 }
 FIGURES = {"change_rate", "neighbors"}  # write into the folder `output` itself
 # Settings that the time of a step depends on, or that of the evaluation.
@@ -114,10 +114,10 @@ def asked(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def commands_of(name: str, settings: Sequence[str], output: Path) -> Iterator[tuple[str, ...]]:
     """The command lines behind a result."""
     experiment, *sweeps = RESULTS[name]
-    shorter = DEMO.get(experiment, []) if "preset=demo" in settings else []
     place = f"output={output / experiment if experiment in FIGURES else output}"
     script = str(ROOT / "experiments" / f"{experiment}.py")
-    for sweep in sweeps or [None]:
+    for sweep in sweeps or [""]:
+        shorter = DEMO.get(experiment, []) + DEMO.get(sweep, []) if "preset=demo" in settings else []
         yield (sys.executable, script, "-m", *([f"+sweep={sweep}"] if sweep else []), *shorter, *settings, place)
 
 
@@ -240,7 +240,8 @@ def make_all(output: Path) -> bool:
         print("no run has left a record: there are no tables to make", file=sys.stderr)
         return True
     lines = [["make_tables.py", output / "tables"]]
-    lines += [["make_figures.py", output / "figures"]] if "imagenet" in records else []
+    lines += [["make_figures.py", output / "figures"]] if {"imagenet", "voc_cls", "voc_det"} & {*records} else []
+    lines += [["make_report.py", output]]
     done = [
         subprocess.run([sys.executable, ROOT / "scripts" / script, "--runs", output, "--out", out])
         for script, out in lines

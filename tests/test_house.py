@@ -11,6 +11,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import initializers
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -93,7 +95,7 @@ def test_every_import_of_the_experiments_is_declared():
     assert imported("detection") <= allowed - {"experiments"}  # dependencies point one way
     bench = {(Requirement(line).name, True) for line in EXTRAS["bench"]}  # not pinned, as no test runs what needs it
     inside = {(package, inside) for _, package, inside in imports("scripts")}
-    assert imported("experiments") | {package for package, _ in inside - bench} <= allowed
+    assert imported("experiments") | {package for package, _ in inside - bench} <= allowed | {"scripts"}
 
 
 def modules_imported(folder):
@@ -157,3 +159,20 @@ def test_no_function_is_longer_than_a_screen(folder):
                 first = body[0].lineno - 1 if body else node.end_lineno
                 code = [line for line in lines[first : node.end_lineno] if line.strip() and line.strip()[0] != "#"]
                 assert len(code) <= 45, f"{path}: {node.name}"
+
+
+def test_github_runs_what_ci_runs_on_every_python_that_is_supported():
+    ci = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
+    assert ci["steps"][-1]["run"] == "bash .ci/run"
+    stated = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if "Python :: 3." in line]
+    assert ci["strategy"]["matrix"]["python"] == stated
+    release = (ROOT / ".github/workflows/release.yml").read_text()
+    yaml.safe_load(release)
+    assert all(command in release for command in ("python -m build", "twine check --strict", "__version__"))
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == initializers.__version__
+    assert citation["license"] == PROJECT["license"]
+    assert citation["preferred-citation"]["url"] == PROJECT["urls"]["Paper"]

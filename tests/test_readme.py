@@ -1,8 +1,9 @@
-"""The README's examples run."""
+"""The examples of README and docs/ run, their numbers are those of the records, and their links lead somewhere."""
 
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -14,14 +15,33 @@ import initializers
 from experiments.engine.figures import line_of
 from experiments.engine.run import init_key
 from initializers.__main__ import make_parser
+from scripts import reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-GUIDE = (ROOT / "docs" / "initializers.md").read_text()
+DOCS = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+GUIDE, RESULTS = DOCS["initializers"], DOCS["results"]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "results" / "paper" / "README.md"]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(
-    r"^((?:make|python|torchrun) [^#\n]*)", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.M
-)
+SHELL = [block for text in (README, *DOCS.values()) for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
+COMMANDS = re.findall(r"^((?:make|python|torchrun) [^#\n]*)", "\n".join(SHELL), re.M)
+
+
+def test_the_readme_is_a_screen_or_two():
+    assert len(README.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, target
 
 
 def test_python_examples(capsys):
@@ -30,14 +50,15 @@ def test_python_examples(capsys):
     for block in PYTHON:
         exec(block, names)
     assert "kmeans" in capsys.readouterr().out
-    assert names["rates"].mean["0"] > 0
 
 
-def test_the_example_of_the_guide(capsys):
+def test_the_examples_of_the_guide(capsys):
     torch.manual_seed(0)
-    (block,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
-    exec(block, {})
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL):
+        exec(block, names)
     assert "left" in capsys.readouterr().out
+    assert names["rates"].mean["0"] > 0
 
 
 def test_the_commands_of_the_guide_are_understood():
@@ -49,17 +70,24 @@ def test_the_commands_of_the_guide_are_understood():
 
 def test_there_are_commands():
     assert sum("voc_cls.py" in command for command in COMMANDS) >= 3
-    assert [command.strip() for command in COMMANDS[:2]] == ["make demo", "make test"]
+    assert sum("reproduce.py" in command for command in COMMANDS) >= 3
+    assert COMMANDS[0].strip() == "make demo"
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make")])
 def test_commands_name_what_exists(command):
     words = [word for word in shlex.split(command)[1:] if not word.startswith("--nproc")]
+    if words[0] == "-m":
+        return  # of the library: test_the_commands_of_the_guide_are_understood
     assert (ROOT / words[0]).is_file()
-    if words[0].startswith("experiments/"):
-        overrides = [word for word in words[1:] if word != "-m"]
+    lines = [words] if words[0].startswith("experiments/") else []
+    if words[0] == "scripts/reproduce.py":
+        names, settings = reproduce.asked(words[1:])
+        lines = [line[1:] for name in names for line in reproduce.commands_of(name, settings, Path("outputs"))]
+    for line in lines:
+        overrides = [word for word in line[1:] if word != "-m"]
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            assert compose(Path(words[0]).stem, overrides=overrides, return_hydra_config=True)
+            assert compose(Path(line[0]).stem, overrides=overrides, return_hydra_config=True)
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
@@ -67,7 +95,7 @@ def test_make_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
 
 
-# The columns of classification in the README.
+# The columns of classification in docs/results.md.
 PROTOCOLS = (
     "paper, 40,000 iterations",
     "mini, 80,000 iterations, train.lr_every=10000",
@@ -107,8 +135,8 @@ def test_results_are_those_of_the_records(table, columns):
 
 
 def rows_after(table: str) -> dict[str, list[str]]:
-    """Key -> cells of the table in the README that follows the link to a table of the results."""
-    block = re.search(r"(?:^\|.*\n)+|\Z", README.partition(f"(results/tables/{table}.md)")[2], re.M)[0]
+    """Key -> cells of the table in docs/results.md that follows the link to a table of the results."""
+    block = re.search(r"(?:^\|.*\n)+|\Z", RESULTS.partition(f"(../results/tables/{table}.md)")[2], re.M)[0]
     rows = re.findall(r"^\| (?:(.*), )?`init=(.*?)`.*?((?: \| [\d.± n=,]*)+) \|$", block, re.M)
     return {network + init: [cell.strip() for cell in cells.split("|")[1:]] for network, init, cells in rows}
 
@@ -121,7 +149,7 @@ def one_decimal(value: float, deviation: float | None = None) -> str:
 
 def test_first_losses_are_those_of_the_records():
     records = pd.read_csv(ROOT / "results/tables/first_losses.csv").set_index("init")
-    block = README.partition("(results/tables/first_losses.md)")[2].partition("\n###")[0]
+    block = RESULTS.partition("(../results/tables/first_losses.md)")[2].partition("\n## ")[0]
     stated = {
         init: [*map(float, cells.split("|"))] for init, cells in re.findall(r"^\| `init=(.*?)` \|(.*)\|$", block, re.M)
     }
@@ -142,7 +170,7 @@ def test_training_begins_at_full_width_as_it_does_in_the_narrow_network(when):
 @pytest.mark.parametrize("name", ["init", "train", "data"])
 def test_ratios_are_those_of_the_benchmarks(name):
     ratios = json.loads((ROOT / "results" / "bench" / f"{name}.json").read_text())["ratios"]
-    stated = dict(re.findall(rf"^\| (.*?) \| ([\d.]+) \| `scripts/bench_{name}.py` \|$", README, re.M))
+    stated = dict(re.findall(rf"^\| (.*?) \| ([\d.]+) \| `scripts/bench_{name}.py` \|$", DOCS["speed"], re.M))
     assert stated
     for what, value in stated.items():
         assert value == f"{ratios[what]:.2f}"
@@ -152,12 +180,12 @@ def test_families_are_those_of_the_table():
     torchvision, _, _ = (ROOT / "results/tables/families.md").read_text().partition("## timm")
     rows = [row for row in torchvision.splitlines() if row.startswith("| ")]
     assert len(rows) > 10
-    assert all(row in README for row in rows)
+    assert all(row in DOCS["families"] for row in rows)
 
 
 def test_the_spreads_of_figure_1_are_those_of_the_record():
     spreads = json.loads((ROOT / "results/figures/figure1.json").read_text())["spread"]
-    text = " ".join(README.partition("### Change rates")[2].partition("\n## ")[0].split())
+    text = " ".join(RESULTS.partition("## Change rates")[2].partition("\n## ")[0].split())
     stated = {
         "Gaussian (ours)": r"([\d.]+) for our Gaussian",
         "k-means (ours)": r"([\d.]+) for our k-means",
@@ -176,7 +204,7 @@ def test_the_spreads_of_figure_1_are_those_of_the_record():
 
 def test_the_shares_of_figure_2_are_those_of_the_record():
     shares = json.loads((ROOT / "results/figures/figure2.json").read_text())["shares_a_class"]
-    text = " ".join(README.partition("### Nearest neighbours")[2].partition("\n## ")[0].split())
+    text = " ".join(RESULTS.partition("## Nearest neighbours")[2].partition("\n## ")[0].split())
     names = {
         "Gaussian (ours)": "our Gaussian",
         "k-means (ours)": "our k-means",
@@ -189,7 +217,7 @@ def test_the_shares_of_figure_2_are_those_of_the_record():
 
 def test_the_networks_pretrained_here_are_those_of_the_records():
     table = pd.read_csv(ROOT / "results/tables/table3.csv").set_index("init")
-    found = dict(re.findall(r"^\| `pretrain\.py (.*?)` \| ([\d.]+ \| .*) \|$", README, re.M))
+    found = dict(re.findall(r"^\| `pretrain\.py (.*?)` \| ([\d.]+ \| .*) \|$", RESULTS, re.M))
     expected = {}
     for path in (ROOT / "results/runs/pretrain").glob("*/record.json"):
         record = json.loads(path.read_text())
@@ -204,7 +232,7 @@ def test_the_networks_pretrained_here_are_those_of_the_records():
 
 
 def test_the_losses_on_imagenet_are_those_of_the_records():
-    text = README.partition("### ImageNet (Figures 3 and 4)")[2].partition("\n## ")[0]
+    text = RESULTS.partition("## ImageNet (Figures 3 and 4)")[2].partition("\n## ")[0]
     found = {tuple(row) for row in re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)}
     expected = set()
     for path in (ROOT / "results" / "runs" / "imagenet").glob("*/record.json"):
@@ -215,3 +243,64 @@ def test_the_losses_on_imagenet_are_those_of_the_records():
         shares = (f"{100 * metrics[name]:.1f}" for name in ("top1", "top5"))
         expected.add((name, f"{metrics['loss']:.2f}", *shares))
     assert found == expected
+
+
+# The rows of the README: what is measured, and by which records.
+ROWS = {
+    "table2 preset=mini": ("table2", "map_step", "mini, 20,000 iterations"),
+    "table2 train.iterations=40000 train.lr_every=5000 tf32=true": ("table2", "map_step", "paper, 40,000 iterations"),
+    "detection preset=mini": ("table2-detection", "map_voc11", "mini, 15,000 iterations"),
+}
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_records():
+    pattern = r"^\| `(.*?)` \| `init=(\w+)` \| ([\d.]+) \| (.*?) \| (\d+) min on (an H200|a CPU core) \|$"
+    stated = re.findall(pattern, README, re.M)
+    assert {row[0] for row in stated} == ROWS.keys()
+    for command, init, published, measured, minutes, hardware in stated:
+        table, metric, preset = ROWS[command]
+        rows = pd.read_csv(ROOT / f"results/tables/{table}.csv").query("n > 0 and init == @init")
+        (row,) = rows[rows["preset"].str.startswith(preset)].to_dict("records")
+        assert published == f"{row['published']:.1f}"
+        assert measured == one_decimal(row[metric], row[f"{metric}_std"]) + f", n={row['n']:.0f}"
+        assert ("H200" in row["device"]) == ("H200" in hardware)
+        times = [sum(record["times"].values()) / 60 for record in records_of(table, init, preset)]
+        assert min(times) - 1 < int(minutes) < max(times) + 1
+
+
+def records_of(table, init, preset):
+    name, _, rest = preset.partition(", ")
+    for path in (ROOT / "results/runs" / ("voc_det" if "detection" in table else "voc_cls")).glob("*/record.json"):
+        record = json.loads(path.read_text())
+        config = record["config"]
+        same = record["preset"] == name and f"{config['train']['iterations']:,} iterations" == rest
+        if same and init_key(config["init"]) == init:
+            yield record
+
+
+def test_what_is_within_noise_is_said():
+    table = pd.read_csv(ROOT / "results/tables/table2.csv").query("n > 1").set_index("init")
+    pairs = {
+        frozenset((init, *re.findall(r"`(.*?)`", str(row)))) for init, row in table["within_noise_of"].dropna().items()
+    }
+    assert pairs == {frozenset(("kmeans", "pca")), frozenset(("msra", "xavier"))}
+    for text in (README, RESULTS):
+        assert re.search(
+            r"k-means and PCA( are not told apart)?, (nor are|and) MSRA and Xavier", " ".join(text.split())
+        )
+
+
+@pytest.mark.slow
+def test_from_the_clone_to_ones_own_initialization_beside_the_table(finish, tmp_path):
+    """The commands of the README behind `make demo`, where the clone would be."""
+    (tmp_path / "my_init.py").write_text(PYTHON[-1])
+    block = next(block for block in SHELL if "my_init" in block and "compare.py" in block)
+    for line in block.splitlines():
+        _, script, *words = shlex.split(line)
+        done = finish([sys.executable, ROOT / script, *words])
+        assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("init=orthogonal"))
+    assert line.split()[3] == "3"
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("init=kmeans "))
+    assert re.search(r" 3 +[+-][\d.]+ +[+-][\d.]+ to [+-][\d.]+  (with|bey)", line)
+    assert "`orthogonal`" in (tmp_path / "outputs/tables/table2.md").read_text()

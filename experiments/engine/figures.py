@@ -23,6 +23,18 @@ LINES = {
 }
 
 
+# Colours that colour-blind people tell apart (Okabe & Ito, 2008), without yellow and black, which white or dark paper
+# swallows. Lines beyond them have another dash and marker.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def style_of(number: int) -> dict:
+    """Colour and dash of the line of this number, as options of `Axes.plot`."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+
+
 def line_of(cfg: Mapping, figure: str) -> str | None:
     """The line of a figure of the paper that a configuration draws; None if it has no such line.
 

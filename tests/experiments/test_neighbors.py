@@ -54,8 +54,12 @@ def test_the_figure_the_neighbours_and_the_record(find, demo, tmp_path):
     assert find().returncode == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob("features-*.npy")} == kept
     assert pd.read_csv(out / "figure2.csv", dtype={"query": str, "neighbor": str}).equals(table)
-    assert find("layer=conv5", "queries=1").returncode == 0  # others
-    assert len([*out.glob("features-*.npy")]) == 4
+    assert 0 < record["chance"] < 1
+    more = "+lines.Late={_target_:initializers.xavier,layer:fc6}"
+    assert find("layer=conv5", "queries=1", more).returncode == 0  # others
+    others = [np.load(path) for path in out.glob("features-*.npy") if path not in kept]
+    assert sorted(found.shape[1] == 64 for found in others) == [False, False, True]
+    assert all(found.min() == 0 for found in others)  # behind the ReLU, as Caffe's blobs of these names
 
 
 def test_an_image_is_no_neighbour_of_its_own(find, tmp_path):

@@ -20,6 +20,7 @@ from experiments.data.demo import make_demo
 from experiments.data.images import ImageCache
 from experiments.data.regions import RoIBatches, images_with_rois, scaled
 from experiments.data.voc import CLASSES, find_devkit, read_objects, read_split
+from experiments.engine.metrics import weighted_ap
 from experiments.engine.optim import make_optimizer
 from experiments.engine.trainer import train
 from experiments.networks import CaffeNet
@@ -90,6 +91,10 @@ def test_a_run_leaves_a_record(run, settings, tmp_path):
     assert record["data"] == "voc2007, 120 + 40 images, short side 128 px"
     assert [layer["name"] for layer in record["init_report"]["layers"]][-2:] == ["cls_score", "bbox_pred"]
     assert Image.open(path.parent / "detections.jpg").size[0] > 500
+    kept = {**np.load(path.parent / record["scores"])}
+    every = weighted_ap(kept, np.ones((1, len(kept["ids"])), int))[0]
+    stated = [cell["voc11"] for cell in record["per_class"].values()]
+    assert every == pytest.approx([np.nan if value is None else value for value in stated], abs=1e-12, nan_ok=True)
     lines = (path.parent / "comp4_det_test_cat.txt").read_text().splitlines()
     assert len(lines) > 40
     image_id, score, *box = lines[0].split()

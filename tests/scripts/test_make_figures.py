@@ -1,6 +1,7 @@
 """Figures 3 and 4 are drawn from records, line for line as the paper's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments.engine.figures import LINES
+from experiments.engine.figures import LINES, style_of
 from experiments.engine.records import find_records
 from scripts import make_figures
 
@@ -92,6 +93,35 @@ def test_each_network_and_preset_has_a_figure(tmp_path):
     assert make_figures.make_figures([]) == {}
 
 
+def test_the_loss_of_guessing_is_drawn_where_the_classes_are_known(tmp_path, drawn):
+    write(tmp_path, "a", "init=caffe")
+    path = tmp_path / "imagenet/a/record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": "imagenet, 1000 classes, 5 + 5 images"}))
+    make(tmp_path)
+    assert "chance" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    for axis in drawn[0].axes:
+        (chance,) = (line for line in axis.get_lines() if line.get_label() == "chance")
+        assert [*chance.get_ydata()] == pytest.approx([6.9078, 6.9078], abs=1e-4)
+        assert axis.get_title()
+        assert "(nats)" in axis.get_ylabel()
+
+
+def test_losses_on_voc_have_a_figure_of_each_protocol(tmp_path, drawn):
+    for name in ("mini-kmeans-seed1-27f2c65f", "mini-kmeans-seed2-a9b8d6ea", "mini-msra-seed0-6e533c43"):
+        shutil.copytree(ROOT / "results/runs/voc_cls" / name, tmp_path / "voc_cls" / name)
+    figures = make(tmp_path)
+    assert sorted(name[:18] for name in figures) == ["voc_cls-mini-20000", "voc_cls-mini-80000"]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["kmeans, n=2"]
+    lines = drawn[0].axes[0].get_lines()
+    assert len(lines) == 2
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 1
+
+
+def test_lines_are_told_apart_without_colour_once_the_colours_are_used_up():
+    styles = [(style_of(number)["color"], style_of(number)["linestyle"]) for number in range(28)]
+    assert len({*styles}) == 28
+
+
 def test_several_seeds_share_a_line(tmp_path, drawn):
     for seed in range(2):
         write(tmp_path, f"seed{seed}", "init=kmeans", "model=googlenet", f"seed={seed}")
@@ -159,4 +189,5 @@ def test_a_damaged_record_or_curve_is_named_and_nothing_is_written(tmp_path, mon
 
 def test_the_committed_figures_are_those_of_the_records():
     names = [*make(ROOT / "results" / "runs")]
-    assert sorted(path.name for path in (ROOT / "results" / "figures").glob("figure[34]-*.png")) == names
+    committed = [path.name for path in (ROOT / "results" / "figures").glob("*-*.png")]
+    assert sorted(committed) == sorted(names), "run `python scripts/make_figures.py`"

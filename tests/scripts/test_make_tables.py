@@ -275,8 +275,8 @@ def test_networks_pretrained_here_are_named_after_their_records(runs):
     tables = make(folder)
     name = "position of patches (18.0 % right), from kmeans with BatchNorm"
     rows = (
-        f"| {name} | `pretrained mine` |  | 20.0 | 27.0 | 1 | 0 |\n"
-        f"| Ours + {name} | `pretrained mine init.rescale=true` |  | 30.0 | 27.0 | 1 | 0 |\n"
+        f"| {name} | `pretrained mine` |  | 20.0 | 27.0 | 1 | 0 | one seed |\n"
+        f"| Ours + {name} | `pretrained mine init.rescale=true` |  | 30.0 | 27.0 | 1 | 0 | one seed |\n"
     )
     assert rows in tables["table3.md"]
     assert "position of patches" not in tables["table3-detection.md"]
