@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import contextlib
 import io
 import json
 import os
@@ -46,6 +47,19 @@ def append_line(path: Path, line: str) -> None:
             file.write(line + "\n")
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+def read_lines(path: Path, key: str) -> dict[str, dict]:
+    """The records in a file of one JSON object a line, by their `key`; of several the last; no file is an empty one.
+
+    What is no such line, as one that was cut off when its writer was killed, does not count.
+    """
+    found: dict[str, dict] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            found[record[key]] = record
+    return found
 
 
 def write_whole(path: Path, content: bytes | memoryview, keep: Path | None = None) -> None:

@@ -5,9 +5,11 @@
     python scripts/bench_families.py --timm                 # of timm all of up to 60 million parameters; needs timm
     python scripts/bench_families.py timm/levit_128s        # one of timm's
 
-Needs VOC 2007: set VOC_ROOT, or have data/VOCdevkit. Writes results/bench/families.json after each network; those that
-are in it already are skipped, unless --force is given. A network that fails is recorded with the reason, and tried
-again the next time.
+Needs VOC 2007: set VOC_ROOT, or have data/VOCdevkit. Writes results/bench/families.json after each network of
+torchvision, and appends a line to results/bench/timm.jsonl after each of timm. Those that are there already are
+skipped, unless --force is given: the same command goes on after it was killed. A network of torchvision that fails is
+tried again the next time. One of timm runs in a process of its own, which may take CPU_LIMIT seconds; if it fails, its
+line has the reason.
 """
 
 import argparse
@@ -15,7 +17,10 @@ import contextlib
 import gc
 import importlib.metadata
 import json
+import multiprocessing
 import os
+import resource
+import signal
 import sys
 import traceback
 from collections import Counter
@@ -29,11 +34,12 @@ from torchvision.transforms.v2 import functional as TF
 import initializers
 from experiments.data.voc import read_split
 from experiments.engine.run import device_name, versions
-from experiments.files import write_json
+from experiments.files import append_line, read_lines, write_json
 from initializers._images import open_image
 from initializers._layers import Call, Layers, forward
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "bench" / "families.json"
+TIMM_OUT = OUT.with_name("timm.jsonl")
 SEED = 0
 CENTRED = 0.05  # a mean below this counts as one that was made 0
 BIAS = 0.1  # mean of the outputs that `initialize` aims at
@@ -42,6 +48,7 @@ FEW = 16  # images for networks of more than LARGE parameters, and for those tha
 LARGE = 150_000_000
 TIMM = "timm/"  # before the names of its networks
 MOST = 60_000_000  # parameters of its networks
+CPU_LIMIT = 1800  # seconds of processor time for one of its networks
 LARGE_VITS = ("vit_l_16", "vit_h_14")  # take an hour each at 224 px; their constructors take a size
 # Pixels; the smallest that the network takes, or about that.
 SIZES = dict.fromkeys(LARGE_VITS, 112) | {"inception": 96, "vit": 224, "maxvit": 224}
@@ -52,21 +59,16 @@ PINNED_SPREAD = 1.5
 
 
 def networks_of_timm() -> list[str]:
-    """Names of timm's architectures of up to MOST parameters, the smallest of each of its modules first."""
+    """Names of timm's architectures: the first of each of its modules, then the second, and so on."""
     import timm
 
-    sizes = []
-    for name in timm.list_models():
-        with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
-        if count <= MOST:
-            sizes.append((timm.models.model_entrypoint(name).__module__, count, name))
     rank: Counter[str] = Counter()
     order = []
-    for module, count, name in sorted(sizes):
+    for name in timm.list_models():
+        module = timm.models.model_entrypoint(name).__module__
         rank[module] += 1
-        order.append((rank[module], count, f"{TIMM}{name}"))
-    return [name for *_, name in sorted(order)]
+        order.append((rank[module], f"{TIMM}{name}"))
+    return [name for _, name in sorted(order)]
 
 
 def build(name: str) -> nn.Module:
@@ -229,7 +231,8 @@ def bench(name: str) -> dict:
         else:
             record["size"] = image_size(name)
         record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-        record["images"] = FEW if record["parameters"] > LARGE or record["size"] > 100 else IMAGES
+        few = name.startswith(TIMM) or record["parameters"] > LARGE or record["size"] > 100
+        record["images"] = FEW if few else IMAGES
         record["filters"][filters] = measure(name, model, load_images(record["images"], record["size"]), filters)
         print(f"{name:20} {filters:8} {summary(record['filters'][filters])}", flush=True)
         del model
@@ -237,11 +240,47 @@ def bench(name: str) -> dict:
     return record
 
 
-def timm_version(known: dict) -> dict[str, str]:
-    """The version of timm, where it is used, or was for what is known."""
-    if "timm" in sys.modules:
-        return {"timm": importlib.metadata.version("timm")}
-    return {"timm": known["timm"]} if "timm" in known else {}
+def about() -> dict:
+    """What the numbers are of."""
+    found = {"versions": versions(), "device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+    return found | {"data": "VOC 2007 train", "seed": SEED}
+
+
+def bench_timm(names: list[str], force: bool) -> None:
+    """A line of TIMM_OUT for each network of timm, with its measures or the reason why it has none.
+
+    Networks of more than MOST parameters are skipped, and their lines say so.
+    """
+    TIMM_OUT.parent.mkdir(parents=True, exist_ok=True)
+    if TIMM_OUT.exists() and not TIMM_OUT.read_bytes().endswith(b"\n"):
+        append_line(TIMM_OUT, "")  # ends the line at which it was killed
+    for name in names:
+        if name in read_lines(TIMM_OUT, "network") and not force:
+            continue
+        process = multiprocessing.get_context("fork").Process(target=_bench_one, args=(name,))
+        process.start()
+        process.join()
+        if process.exitcode:
+            too_long = process.exitcode == -signal.SIGXCPU
+            reason = f"more than {CPU_LIMIT} s" if too_long else f"its process ended with {process.exitcode}"
+            _append(name, {"failed": reason})
+    print(TIMM_OUT)
+
+
+def _bench_one(name: str) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT + 10))
+    try:
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in build(name).parameters())
+        _append(name, {"skipped": f"{count:,} parameters"} if count > MOST else bench(name))
+    except Exception as error:
+        traceback.print_exc()
+        _append(name, {"failed": " ".join(f"{type(error).__name__}: {error}".split())})
+
+
+def _append(name: str, record: dict) -> None:
+    known = about() | {"timm": importlib.metadata.version("timm")}
+    append_line(TIMM_OUT, json.dumps({"network": name} | record | known))
 
 
 def main() -> None:
@@ -256,20 +295,25 @@ def main() -> None:
     parser.add_argument("--timm", action="store_true", help=f"all of timm of up to {MOST:,} parameters")
     parser.add_argument("--force", action="store_true", help="do those again that are recorded already")
     arguments = parser.parse_args()
-    if arguments.timm:
-        names = networks_of_timm()
     if unknown := sorted({name for name in arguments.networks if not name.startswith(TIMM)} - {*names}):
         parser.error(f"no classification network of torchvision: {', '.join(unknown)}")
+    timm = [name for name in arguments.networks if name.startswith(TIMM)]
+    if arguments.timm or timm:
+        bench_timm(timm or networks_of_timm(), arguments.force)
+    given = [name for name in arguments.networks if name not in timm]
+    if given or not (arguments.timm or timm):
+        bench_torchvision(given or names, arguments.force)
 
-    about = {"versions": versions(), "device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
-    about |= {"data": "VOC 2007 train", "seed": SEED}
+
+def bench_torchvision(names: list[str], force: bool) -> None:
+    """The record of each network of torchvision, in OUT."""
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
     networks, failed = known.get("networks", {}), known.get("failed", {})
-    if known and known["versions"] != about["versions"] and not arguments.force:
+    if known and known["versions"] != versions() and not force:
         sys.exit(f"error: {OUT} is of other versions ({known['versions']}): pass --force, or move it away")
     tried = []
-    for name in arguments.networks or names:
-        if name in networks and not arguments.force:
+    for name in names:
+        if name in networks and not force:
             continue
         try:
             networks[name] = bench(name)
@@ -279,8 +323,7 @@ def main() -> None:
             failed[name] = f"{type(error).__name__}: {error}"
             tried.append(name)
         OUT.parent.mkdir(parents=True, exist_ok=True)
-        ordered = {name: networks[name] for name in sorted(networks, key=lambda name: (name.startswith(TIMM), name))}
-        write_json(OUT, about | timm_version(known) | {"networks": ordered, "failed": dict(sorted(failed.items()))})
+        write_json(OUT, about() | {"networks": dict(sorted(networks.items())), "failed": dict(sorted(failed.items()))})
     print(OUT)
     if tried:
         sys.exit(f"error: failed: {', '.join(tried)}")

@@ -26,6 +26,7 @@ from experiments.engine.records import (
     read_records,
     unusual,
 )
+from experiments.files import read_lines
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -144,7 +145,8 @@ network of the family which changes most, in norm relative to the output, on all
 does to its output (float32 against float64).
 """
 TIMM = """\
-A row per module of timm, of its networks of up to 60 million parameters that have been tried so far.
+A row per module of timm, of its networks of up to 60 million parameters that have been tried so far
+(`results/bench/timm.jsonl`, written by `python scripts/bench_families.py --timm`).
 """
 # Family -> the beginnings of its networks' names, and what is particular about it.
 FAMILY_NAMES = {
@@ -451,17 +453,21 @@ def files(name: str, text: str, texts: list[str], rows: pd.DataFrame) -> dict[st
 def families_table(path: Path) -> dict[str, str]:
     """The networks of torchvision, a row per family, and as CSV a row per network and kind of filters.
 
+    Those of timm, where `timm.jsonl` lies beside the file, follow with a row per module.
+
     Raises:
         ValueError: a file that `scripts/bench_families.py` did not write, or a network of no family.
     """
     try:
         record = json.loads(path.read_text())
+        timm = read_lines(path.with_name("timm.jsonl"), "network")
+        networks = record["networks"] | {name: line for name, line in timm.items() if "filters" in line}
         rows = [
             network
             | measured
             | measured["deviation"]
             | {"network": name, "family": network.get("module") or family(name), "filters": filters}
-            for name, network in record["networks"].items()
+            for name, network in networks.items()
             for filters, measured in network["filters"].items()
         ]
         about = [f"data: {record['data']}", f"device: {record['device']}, {record['threads']} threads"]
@@ -474,10 +480,11 @@ def families_table(path: Path) -> dict[str, str]:
     notes = {name: note for name, (_, note) in FAMILY_NAMES.items()}
     modules = [name for name in table["family"].unique() if name not in notes]
     parts = [FAMILIES, family_rows(table, notes)]
-    if modules:
-        about.append(f"timm {record['timm']}")
+    if timm:
+        about.append(f"timm {', '.join(sorted({line['timm'] for line in timm.values()}))}")
         parts += [f"## timm\n\n{TIMM}", family_rows(table, dict.fromkeys(sorted(modules), ""), "module")]
-    if failed := record.get("failed"):
+    failed = record.get("failed", {}) | {name: line["failed"] for name, line in timm.items() if "failed" in line}
+    if failed:
         parts.append("Failed:\n\n" + "".join(f"- `{name}`: {reason}\n" for name, reason in failed.items()))
     text = "\n".join([*parts, "".join(f"- {line}\n" for line in about)])
     return {"families.md": text, "families.csv": csv}

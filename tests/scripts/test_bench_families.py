@@ -1,0 +1,75 @@
+"""The study of all networks of timm goes on where it was killed, and leaves none out in silence."""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from scripts import bench_families
+
+
+def small(name):
+    torch.manual_seed(0)
+    if name == "timm/broken":
+        raise RuntimeError("no such\nweights")
+    if name == "timm/endless":
+        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGXCPU)
+    if name == "timm/large":
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
+    if name == "timm/wide":
+        return nn.Linear(8_000, 8_000, bias=False)
+    layers = [nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)]
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """The command, with networks and images that are made here; gives the lines of its file."""
+    out = tmp_path / "bench" / "timm.jsonl"
+    generator = torch.Generator().manual_seed(0)
+    replaced = {
+        "TIMM_OUT": out,
+        "build": small,
+        "networks_of_timm": lambda: [f"timm/{name}" for name in ("one", "broken", "endless", "large", "wide", "two")],
+        "load_images": lambda count, size: torch.randn(count, 3, size, size, generator=generator),
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(bench_families, name, value)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bench_families.py", *arguments])
+        bench_families.main()
+        return out.read_text().splitlines()
+
+    return run
+
+
+def test_every_network_has_a_line_and_is_done_once(study):
+    lines = study("--timm")
+    records = {record["network"]: record for record in map(json.loads, lines)}
+    assert [*records] == bench_families.networks_of_timm()
+    for name in ("timm/one", "timm/two"):
+        assert records[name]["images"] == 16
+        for kind in ("gaussian", "kmeans"):
+            assert records[name]["filters"][kind]["spread_after"] < 1.01
+            assert records[name]["filters"][kind]["deviation"]["std"] < 1e-4
+    assert records["timm/broken"]["failed"] == "RuntimeError: no such weights"
+    assert records["timm/endless"]["failed"] == f"more than {bench_families.CPU_LIMIT} s"
+    assert records["timm/large"]["failed"] == "its process ended with -9"
+    assert records["timm/wide"]["skipped"] == "64,000,000 parameters"
+    assert study("--timm") == lines
+    assert len(study("--force", "timm/one")) == len(lines) + 1
+
+
+def test_it_goes_on_where_it_was_killed(study):
+    lines = study("timm/one", "timm/two")
+    bench_families.TIMM_OUT.write_text(f"{lines[0]}\n{lines[1][:50]}")
+    after = study("timm/one", "timm/two")
+    assert after[0] == lines[0]
+    assert json.loads(after[-1])["network"] == "timm/two"
