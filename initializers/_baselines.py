@@ -40,18 +40,20 @@ def xavier(model: nn.Module, *, seed: int = 0) -> None:
     _fill(model, seed, _xavier)
 
 
-def msra(model: nn.Module, *, factors: Mapping[str, float] | None = None, seed: int = 0) -> None:
+def msra(model: nn.Module, *, factors: Mapping[str, float] | None = None, linear: bool = False, seed: int = 0) -> None:
     """Convolutions N(0, 2 / fan_in), linear layers N(0, .01²), biases 0: He et al. (2015).
 
     As the paper uses it (section 4.2): "only for the convolutional layers", a Gaussian for the fully connected ones.
 
     Args:
         factors: of the linear layers, as in `gaussian`.
+        linear: the linear layers as the convolutions, N(0, 2 / fan_in): Caffe's filler in every layer. No `factors`.
     """
     factors = factors or {}
 
     def fill(layer: Layer, generator: torch.Generator) -> None:
-        std = factors.get(layer.name, 1.0) * 0.01 if layer.linear else math.sqrt(2 / layer.fan_in)
+        fixed = layer.linear and not linear
+        std = factors.get(layer.name, 1.0) * 0.01 if fixed else math.sqrt(2 / layer.fan_in)
         layer.weight.normal_(0, std, generator=generator)
 
     _fill(model, seed, fill)

@@ -8,11 +8,13 @@ without published numbers.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from experiments.engine.convergence import FLAT, constant_loss, leaves_flat_part
 from experiments.engine.metrics import welch
 from experiments.engine.records import (
     CAFFENET,
@@ -132,6 +134,28 @@ Mean average precision on the test set in percent, ± the standard deviation ove
     + NOISE
 )
 
+SMALL_IMAGES = """\
+# Small images: initializations, activations and BatchNorm
+
+Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
+
+Top-1 accuracy on the test images in percent at the end of training, ± the standard deviation over seeds; behind the
+slash the epochs after which the loss has left the flat part of its beginning. Both are means over the runs that
+converge. A dash has not been measured. In brackets what is published (Mishkin & Matas, 2016), at the scale of the
+preset `paper`.
+"""
+FLAT_PART = f"""\
+# How long the loss stays flat on ImageNet
+
+Written by `python scripts/make_tables.py` from the records in `results/runs/` and the curves beside them: do not edit.
+
+The rule: {FLAT}. Mishkin & Matas (2016) state .05 epochs for CaffeNet with LSUV and .5 for the reference, and that LSUV
+ends 1.3 points lower; for GoogLeNet top-1 accuracies of 68.0 with LSUV and 67.2.
+"""
+# Settings of small_images.py that are columns of a block.
+VARIANTS = ("config.model.activation", "config.model.batch_norm", "config.model.depth", "config.loss")
+OF_SMALL = [*VARIANTS, "config.data.train", "config.data.test"]  # that no title names
+
 FAMILIES = """\
 # The networks of torchvision
 
@@ -205,6 +229,7 @@ def make_tables(paths: Sequence[Path], paper: Path, families: Path | None = None
     tables = table1(caffenet, paper) | table2(scratch, paper) | table3(trained, paper, names) | section44(others, paper)
     tables |= first_losses(beginnings, paper)
     tables |= detection(results(paths, "voc_det", DETECTION_METRICS, but=[RATE]), paper, names)
+    tables |= small_images(paths, paper) | flat_part(paths)
     if families is not None and families.exists():
         tables |= families_table(families)
     return tables
@@ -403,6 +428,91 @@ def section44(records: pd.DataFrame, paper: Path) -> dict[str, str]:
         texts += text
         parts.append(rows.assign(network=target))
     return files("section4.4", SECTION44, texts, pd.concat(parts))
+
+
+def small_images(paths: Sequence[Path], paper: Path) -> dict[str, str]:
+    """The table of the records of small_images.py: a block for each protocol; no table without records."""
+    records = read_records(paths, "small_images", {})
+    if records.empty:
+        return {}
+    records = pd.concat([records, pd.DataFrame([outcome(row) for _, row in records.iterrows()], records.index)], axis=1)
+    records = records.reindex(columns=[*dict.fromkeys([*records, *VARIANTS])])
+    published = pd.read_csv(paper / "lsuv.csv").set_index(["data", "model", "loss", "init"])["top1"]
+    texts, parts = [], []
+    for protocol, block in by_protocol(records, OF_SMALL).items():
+        names = [name for name in VARIANTS if block[name].nunique(dropna=False) > 1]
+        block = by_initialization(block)
+        block = one_of_each_seed(block, ["init", *names])
+        block["variant"] = [", ".join(assigned(row, names)) or "top-1 / epochs" for _, row in block.iterrows()]
+        columns = [*dict.fromkeys(block.sort_values(names)["variant"])]
+        lines = [["`init=`", *columns], ["---", *["---:"] * len(columns)]]
+        for init, rows in block.groupby("init"):
+            own = dict(iter(rows.groupby("variant")))
+            lines.append([f"`{init}`", *(small_cell(own[name], published) if name in own else "-" for name in columns)])
+        texts.append(f"## {plain(protocol)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+        texts.append(f"- rule: {'; '.join(sorted({*map(plain, block['rule'])}))}\n{origin(block).lstrip()}")
+        parts.append(block[["init", "variant", "seed", "top1", "converges", "epochs"]].assign(preset=protocol))
+    return files("small_images", SMALL_IMAGES, texts, pd.concat(parts))
+
+
+def outcome(row: pd.Series) -> dict:
+    """What came of a run of small_images.py: accuracy in percent, and by which rules it converged and when it began."""
+    record = row["record"]
+    try:
+        left = record["leaves_flat_part"]["iteration"]
+        top1 = record["metrics"]["top1"]
+        if not isinstance(record["converges"]["holds"], bool):
+            raise ValueError("converges.holds should be true or false")
+        return {
+            "top1": float("nan") if top1 is None else 100 * float(top1),
+            "converges": record["converges"]["holds"],
+            "epochs": float("nan") if left is None else left / record["epoch"],
+            "rule": str(record["converges"]["rule"]),
+        }
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise no_record(row["path"], repr(error)) from error
+
+
+def small_cell(rows: pd.DataFrame, published: pd.Series) -> str:
+    """The runs of an initialization in one column, with what is published of it."""
+    good, first = rows[rows["converges"]], rows.iloc[0]
+    text = "does not converge" if good.empty else f"{good['top1'].mean():.2f}"
+    text += f" ± {good['top1'].std():.2f}" if len(good) > 1 else ""
+    text += f" / {good['epochs'].mean():.2f}" if good["epochs"].notna().any() else ""
+    text += f", n={len(rows)}" * (len(rows) > 1) + f", {len(good)} converge" * (0 < len(good) < len(rows))
+    key = (*(first.get(f"config.{name}") for name in ("data.name", "model._target_", "loss")), first["init"])
+    return text + (f" ({published[key]:.1f})" if key in published.index else "")
+
+
+def flat_part(paths: Sequence[Path]) -> dict[str, str]:
+    """How long the loss of imagenet.py stays flat, from the curves beside its records; no table without records."""
+    records = read_records(paths, "imagenet", {"top1": "", "top5": ""})
+    if records.empty:
+        return {}
+    records["epochs"] = [flat_epochs(row) for _, row in records.iterrows()]
+    texts, parts = [], []
+    for protocol, block in by_protocol(records, OF_SMALL).items():
+        block = one_of_each_seed(by_initialization(block), ["init"])
+        lines = [["`init=`", "epochs until the loss leaves the flat part", "top-1", "top-5", "seed"]]
+        lines.append(["---", "---:", "---:", "---:", "---:"])
+        for _, row in block.iterrows():
+            epochs = "never" if pd.isna(row["epochs"]) else f"{row['epochs']:.3f}"
+            lines.append([f"`{row['init']}`", epochs, f"{row['top1']:.1f}", f"{row['top5']:.1f}", str(row["seed"])])
+        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        texts.append(f"## {plain(protocol)}\n\n{table}{origin(block)}")
+        parts.append(block[["init", "seed", "epochs", "top1", "top5"]].assign(preset=protocol))
+    return files("flat_part", FLAT_PART, texts, pd.concat(parts))
+
+
+def flat_epochs(row: pd.Series) -> float:
+    """Epochs after which the loss of a run of imagenet.py has left the flat part; NaN where it never does."""
+    path = Path(row["path"]).with_name("curve.csv")
+    try:
+        classes = int(re.search(r"(\d+) classes", row["data"])[1])
+        left = leaves_flat_part(pd.read_csv(path), constant_loss("softmax", classes))
+        return float("nan") if left is None else left / row["record"]["epoch"]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OSError) as error:
+        raise no_record(path, repr(error)) from error
 
 
 def comparison(

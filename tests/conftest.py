@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # A command spends most of a short run on its imports. So its process is forked from one that has done these and nothing
 # else: what the command sees is a process of its own, as from the command line.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([f"experiments.{name}" for name in ("voc_cls", "voc_det", "imagenet", "neighbors")])
+FORKS.set_forkserver_preload(
+    [f"experiments.{name}" for name in ("voc_cls", "voc_det", "imagenet", "neighbors", "small_images")]
+)
 
 
 @pytest.fixture(scope="session")

@@ -28,3 +28,17 @@ def classification_loss(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) ->
 
     final = loss(output)
     return final + AUXILIARY_WEIGHT * sum(map(loss, auxiliary)), final
+
+
+def hinge_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """L1 hinge loss of Caffe, one class against the others: max(0, 1 - t s) summed over classes, mean over the images.
+
+    Args:
+        outputs: scores s, float (B, classes).
+        labels: int64 (B,); t is 1 for the class of the label and -1 for the others.
+    """
+    target = 2.0 * F.one_hot(labels, outputs.shape[1]) - 1
+    return (1 - target * outputs).clamp(min=0).sum() / len(outputs)
+
+
+LOSSES = {"softmax": F.cross_entropy, "hinge": hinge_loss}

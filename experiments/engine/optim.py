@@ -1,4 +1,4 @@
-"""Caffe's SGD by torch's: a learning rate per kind of blob, and inside the velocity; learning rate policies."""
+"""Caffe's solvers by torch's: a learning rate per kind of blob, inside the velocity of SGD; learning rate policies."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,12 +8,16 @@ from torch import nn
 
 
 def make_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.Optimizer:
-    """SGD or Adam over two groups of parameters: weights, and biases (every parameter of the name `bias`).
+    """SGD, Adam or RMSProp over two groups of parameters: weights, and biases (every parameter of the name `bias`).
+
+    torch's RMSprop without momentum is Caffe's RMSProp (BVLC/caffe, rmsprop_solver.cpp): h = d h + (1 - d) g² and
+    w -= lr g / (sqrt(h) + eps), with h = 0 at first and the weight decay in g. Caffe has no momentum there.
 
     Args:
         model: on its device; parameters that require no gradient are left out.
-        cfg: `name` (sgd or adam), `lr`, `weight_decay`, `bias_lr_mult` and `bias_decay_mult` (Caffe's lr_mult
-            and decay_mult of the biases, where those of the weights are 1), `momentum` (sgd), `betas` (adam).
+        cfg: `name` (sgd, adam or rmsprop), `lr`, `weight_decay`, `bias_lr_mult` and `bias_decay_mult` (Caffe's lr_mult
+            and decay_mult of the biases, where those of the weights are 1), `momentum` (sgd), `betas` (adam),
+            `rms_decay` (rmsprop).
 
     Raises:
         ValueError: another `name`.
@@ -35,7 +39,9 @@ def make_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, momentum=cfg.momentum, fused=True)
     if cfg.name == "adam":
         return torch.optim.Adam(groups, betas=tuple(cfg.betas), fused=True)
-    raise ValueError(f"optimizer.name={cfg.name}: choose sgd or adam")
+    if cfg.name == "rmsprop":
+        return torch.optim.RMSprop(groups, alpha=cfg.rms_decay, eps=1e-8)  # Caffe's delta
+    raise ValueError(f"optimizer.name={cfg.name}: choose sgd, adam or rmsprop")
 
 
 def lr_policy(lr: float, cfg: Mapping) -> Callable[[int], float]:
@@ -44,7 +50,8 @@ def lr_policy(lr: float, cfg: Mapping) -> Callable[[int], float]:
     Args:
         lr: at the start.
         cfg: `lr_policy` "step", which is taken where there is none: lr * lr_gamma ** (iteration // lr_every);
-            or "poly": lr * (1 - iteration / iterations) ** lr_power. With what it needs.
+            "multistep": lr * lr_gamma ** (number of `lr_steps` that are past); or "poly":
+            lr * (1 - iteration / iterations) ** lr_power. With what it needs.
 
     Raises:
         ValueError: another policy.
@@ -52,9 +59,11 @@ def lr_policy(lr: float, cfg: Mapping) -> Callable[[int], float]:
     policy = cfg.get("lr_policy", "step")
     if policy == "step":
         return lambda iteration: lr * cfg["lr_gamma"] ** (iteration // cfg["lr_every"])
+    if policy == "multistep":
+        return lambda iteration: lr * cfg["lr_gamma"] ** sum(iteration >= step for step in cfg["lr_steps"])
     if policy == "poly":
         return lambda iteration: lr * (1 - iteration / cfg["iterations"]) ** cfg["lr_power"]
-    raise ValueError(f"train.lr_policy={policy}: choose step or poly")
+    raise ValueError(f"train.lr_policy={policy}: choose step, multistep or poly")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -69,5 +78,5 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         if group["lr"] == old:
             continue
         for blob in group["params"]:
-            if (momentum := optimizer.state[blob].get("momentum_buffer")) is not None:  # Adam has none
+            if (momentum := optimizer.state[blob].get("momentum_buffer")) is not None:  # Adam and RMSProp have none
                 momentum.mul_(old / group["lr"])

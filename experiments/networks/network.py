@@ -15,9 +15,9 @@ OURS = "experiments.networks."
 class Network(Protocol):
     """A `torch.nn.Module` that every command which takes `model=` can initialize, train and test.
 
-    Its input is a batch of images, float (N, 3, input_size, input_size), BGR, 0..255 minus the mean, its output logits
-    (N, num_outputs). Optional is `caffe_fillers`, from the name of a layer to (standard deviation, bias), for
-    `init=caffe`.
+    Its input is a batch of images, float (N, 3, input_size, input_size), BGR, 0..255 minus the mean (small images are
+    as `data/small.py` makes them), its output logits (N, num_outputs). Optional is `caffe_fillers`, from the name of a
+    layer to (standard deviation, bias), for `init=caffe`.
 
     Attributes:
         last_layer: name of the last layer, which is new where weights come from a network with other outputs.
@@ -34,17 +34,20 @@ class Network(Protocol):
     def std_factors(self) -> Mapping[str, float]: ...
 
 
-def make_network(settings: DictConfig, outputs: int) -> nn.Module:
+def make_network(settings: DictConfig, outputs: int, channels: int = 3) -> nn.Module:
     """The network that `settings` name as `_target_`, with so many outputs.
 
-    One from elsewhere, which is no `Network`, becomes one: `num_classes=outputs` and all settings but `input_size` are
-    its arguments, its last linear layer or convolution is `last_layer`, and no standard deviation is multiplied.
+    It is given the number of `channels` where that is not three. One from elsewhere, which is no `Network`, becomes
+    one: `num_classes=outputs` and all settings but `input_size` are its arguments, its last linear layer or convolution
+    is `last_layer`, and no standard deviation is multiplied.
 
     Raises:
         ValueError: there is no such network, it does not take the settings, or has no layer.
     """
     options = OmegaConf.to_container(settings, resolve=True)
     target = options.pop("_target_")
+    if channels != 3:
+        options["channels"] = channels
     if target.startswith(OURS):
         return call("model._target_", named("model._target_", target), **{**options, "num_outputs": outputs})
     size = options.pop("input_size")

@@ -12,6 +12,8 @@ REFERENCE = Path(__file__).parents[1] / "reference"
 SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "bias_lr_mult": 2, "bias_decay_mult": 1}
 ADAM = {"name": "adam", "lr": 0.1, "betas": [0.9, 0.999], "weight_decay": 0.0, "bias_lr_mult": 2, "bias_decay_mult": 1}
 
+RMSPROP = {"name": "rmsprop", "lr": 0.1, "rms_decay": 0.9, "weight_decay": 0.0, "bias_lr_mult": 2, "bias_decay_mult": 1}
+
 
 def optimizer(model, base=SGD, **changes):
     return make_optimizer(model, OmegaConf.create(base | changes))
@@ -71,7 +73,7 @@ def test_the_velocity_survives_a_change_of_the_learning_rate(change):
         torch.testing.assert_close(new, old)
 
 
-@pytest.mark.parametrize("base", [SGD, ADAM])
+@pytest.mark.parametrize("base", [SGD, ADAM, RMSPROP])
 def test_biases_have_their_own_rate_and_decay(base):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     model[3].weight.requires_grad = False
@@ -94,8 +96,30 @@ def test_adam_takes_steps_of_the_learning_rate():
     torch.testing.assert_close((model.bias - before["bias"]).abs(), torch.full((3,), 0.02))
 
 
+def test_rmsprop_is_caffes():
+    """Against the update of rmsprop_solver.cpp, with a drop of the learning rate and decay of the weights alone."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    rmsprop = optimizer(model, RMSPROP, weight_decay=0.05, bias_decay_mult=0)
+    blobs = [parameter.detach().clone() for parameter in model.parameters()]
+    history = [torch.zeros_like(blob) for blob in blobs]
+    for iteration in range(12):
+        lr = 0.02 if iteration < 5 else 0.002
+        inputs = torch.randn(5, 4, dtype=torch.double)
+        set_lr(rmsprop, lr)
+        rmsprop.zero_grad()
+        model(inputs).square().mean().backward()
+        for number, (blob, parameter) in enumerate(zip(blobs, model.parameters(), strict=True)):
+            gradient = parameter.grad + (0.05 * blob if number == 0 else 0)
+            history[number] = 0.9 * history[number] + 0.1 * gradient**2
+            blob -= lr * (1, 2)[number] * gradient / (history[number].sqrt() + 1e-8)
+        rmsprop.step()
+        for blob, parameter in zip(blobs, model.parameters(), strict=True):
+            torch.testing.assert_close(parameter.detach(), blob)
+
+
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ValueError, match=r"optimizer\.name=lars: choose sgd or adam"):
+    with pytest.raises(ValueError, match=r"optimizer\.name=lars: choose sgd, adam or rmsprop"):
         optimizer(nn.Linear(2, 2), name="lars")
 
 
@@ -104,7 +128,9 @@ def test_the_policies():
     for settings in (step, step | {"lr_policy": "step"}):
         lr_at = lr_policy(0.001, settings)
         assert [lr_at(n) for n in (0, 9_999, 10_000, 79_999)] == [0.001, 0.001, 0.0005, 0.001 * 0.5**7]
+    lr_at = lr_policy(0.1, {"lr_policy": "multistep", "lr_gamma": 0.1, "lr_steps": [40, 60]})
+    assert [lr_at(n) for n in (0, 39, 40, 59, 60, 90)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     lr_at = lr_policy(0.01, {"lr_policy": "poly", "lr_power": 0.5, "iterations": 400})
     assert [lr_at(n) for n in (0, 300, 399)] == pytest.approx([0.01, 0.005, 0.0005])
-    with pytest.raises(ValueError, match=r"train\.lr_policy=cosine: choose step or poly"):
+    with pytest.raises(ValueError, match=r"train\.lr_policy=cosine: choose step, multistep or poly"):
         lr_policy(0.01, {"lr_policy": "cosine"})

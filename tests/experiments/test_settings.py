@@ -12,13 +12,16 @@ from experiments.settings import OPEN, RULES, check, flat
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-COMMANDS = ("voc_cls", "voc_det", "imagenet", "pretrain", "change_rate", "neighbors")
+COMMANDS = ("voc_cls", "voc_det", "imagenet", "pretrain", "change_rate", "neighbors", "small_images")
 GROUPS = [
     *(f"init={path.stem}" for path in sorted((CONFIGS / "init").glob("*.yaml"))),
     *(f"model={path.stem}" for path in sorted((CONFIGS / "model").glob("*.yaml"))),
     *(f"preset={path.stem}" for path in sorted((CONFIGS / "preset").glob("*.yaml"))),
     "optimizer=adam",
+    "optimizer=rmsprop",
 ]
+
+UNDETECTED = {"model=fitnet4", "model=mnist_fitnet", "model=resnet"}  # no detector is made of these
 
 
 def config(command, *overrides):
@@ -29,7 +32,8 @@ def config(command, *overrides):
 def groups_of(command):
     """The choices that a command has."""
     text = (CONFIGS / f"{command}.yaml").read_text()
-    return [choice for choice in GROUPS if f"- {choice.partition('=')[0]}:" in text]
+    groups = [choice for choice in GROUPS if f"- {choice.partition('=')[0]}:" in text]
+    return [choice for choice in groups if command != "voc_det" or choice not in UNDETECTED]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -100,6 +104,15 @@ BAD = [
     ),
     *(("imagenet", override) for override in ("workers=-1", "workers=many")),
     *(("imagenet model=googlenet", f"train.lr_power={value}") for value in (0, -1, "abc")),
+    *(
+        ("small_images", override)
+        for override in (
+            *("loss=square", "model.activation=gelu", "data.normalize=none", "data.normalize=0"),
+            *("data.pad=-1", "data.mirror=2", "data.images=0", "data.held_out=0", "train.lr_steps=[0]"),
+        )
+    ),
+    *(("small_images model=resnet", override) for override in ("model.depth=0", "model.depth=deep")),
+    *(("small_images optimizer=rmsprop", override) for override in ("optimizer.rms_decay=1", "optimizer.rms_decay=-1")),
     *(("pretrain", override) for override in ("patches.gap=-1", "patches.min_side=0", "patches.min_side=2")),
 ]
 

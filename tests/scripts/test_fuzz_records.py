@@ -15,9 +15,18 @@ from scripts import make_figures, make_tables
 
 RESULTS = make_tables.RESULTS
 SEED = json.loads(next(iter(sorted((RESULTS / "runs" / "voc_cls").rglob("record.json")))).read_text())
-METRICS = {"map_step": 0.3, "map_voc11": 0.3, "map_area": 0.3, "coco_ap": 0.1, "accuracy": 0.5}
+METRICS = {
+    "map_step": 0.3,
+    "map_voc11": 0.3,
+    "map_area": 0.3,
+    "coco_ap": 0.1,
+    "accuracy": 0.5,
+    "top1": 0.5,
+    "top5": 0.9,
+}
 VALID = {key: value for key, value in SEED.items() if key not in ("per_class", "times", "change_rate")}
 VALID |= {"metrics": METRICS, "epoch": 8.0, "validation": "validation.csv"}
+VALID |= {"converges": {"rule": "a", "holds": True}, "leaves_flat_part": {"rule": "b", "iteration": 4}}
 JUNK = st.recursive(
     st.none()
     | st.booleans()
@@ -42,7 +51,7 @@ def places(tree, path=()):
 def records(draw):
     """The bytes of a record in which a few things were removed, exchanged or added, or which was cut."""
     record = copy.deepcopy(VALID)
-    record["experiment"] = draw(st.sampled_from(["voc_cls", "voc_det", "pretrain", "imagenet"]))
+    record["experiment"] = draw(st.sampled_from(["voc_cls", "voc_det", "pretrain", "imagenet", "small_images"]))
     for *parents, leaf in draw(st.lists(st.sampled_from([*places(VALID)]), max_size=4)):
         inner = record
         for parent in parents:
