@@ -20,6 +20,7 @@ from experiments.engine.records import (
     CAFFENET,
     ITERATIONS,
     USUAL,
+    assigned,
     by_initialization,
     by_protocol,
     make_files,
