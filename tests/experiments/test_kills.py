@@ -44,7 +44,8 @@ def line(command, demo, tmp_path):
 def content(folder: Path) -> dict:
     """What a run left, by name, without what differs from time to time: seconds, dates, and where it lies."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
+    left_out = (".lock", "multirun.yaml")  # Hydra's copy of the settings, which name the folder
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in left_out):
         name = str(path.relative_to(folder))
         if path.suffix == ".pt":
             found[name] = torch.load(path)["model"]
