@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torchvision.transforms.v2 import functional as TF
 
 import initializers
@@ -72,17 +73,28 @@ def networks_of_timm() -> list[str]:
 
 
 def build(name: str) -> nn.Module:
-    """A network with random weights, as its constructor makes it, in evaluation mode."""
+    """A network with random weights, as its constructor makes it, in evaluation mode and without dropout.
+
+    Dropout is active while a network is initialized, and would hide in noise what is looked at here.
+    """
     torch.manual_seed(SEED)
+    model = _made(name).eval()
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+    return model
+
+
+def _made(name: str) -> nn.Module:
     if name.startswith(TIMM):
         import timm
 
-        return timm.create_model(name.removeprefix(TIMM)).eval()
+        return timm.create_model(name.removeprefix(TIMM))
     # Drawing truncated normals takes these two a minute, for weights that are replaced.
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name in LARGE_VITS:
         options["image_size"] = image_size(name)
-    return torchvision.models.get_model(name, weights=None, **options).eval()
+    return torchvision.models.get_model(name, weights=None, **options)
 
 
 @torch.no_grad()
