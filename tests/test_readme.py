@@ -147,6 +147,27 @@ def one_decimal(value: float, deviation: float | None = None) -> str:
     return f"{value:.1f}" + ("" if pd.isna(deviation) else f" ± {deviation:.1f}")
 
 
+def test_other_learning_rates_are_those_of_the_records():
+    block = RESULTS.partition("**Not the learning rate.**")[2].partition("\n**")[0]
+    rates = [float(rate) for rate in re.search(r"^\| \|(.*)\|$", block, re.M)[1].split("|")]
+    stated = {
+        (init, rate): cell.strip()
+        for init, cells in re.findall(r"^\| `init=(\w+)` \|(.*)\|$", block, re.M)
+        for rate, cell in zip(rates, cells.split("|"), strict=True)
+        if cell.strip()
+    }
+    expected = {}
+    protocol = {"iterations": 20_000, "batch_size": 10}
+    folders = [*(ROOT / "results/causes").glob("*"), *(ROOT / "results/runs/voc_cls").glob("mini-*-seed0-*")]
+    for folder in folders:
+        record = json.loads((folder / "record.json").read_text())
+        config = record["config"]
+        key = (init_key(config["init"]), config["optimizer"]["lr"])
+        if protocol.items() <= config["train"].items() and key[0] in {init for init, _ in stated}:
+            expected[key] = one_decimal(100 * record["metrics"]["map_step"])
+    assert stated == expected
+
+
 def test_first_losses_are_those_of_the_records():
     records = pd.read_csv(ROOT / "results/tables/first_losses.csv").set_index("init")
     block = RESULTS.partition("(../results/tables/first_losses.md)")[2].partition("\n## ")[0]
