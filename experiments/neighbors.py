@@ -156,9 +156,9 @@ def draw(
     """
     count = next(iter(found.values()))[1].shape[1]
     widths = [1, *([0.15] + [1] * count) * len(found)]
-    size = (1.15 * sum(widths), 1.35 * len(queries) + 0.9)
+    size = (1.15 * sum(widths), 1.35 * len(queries) + 1)
     figure, axes = plt.subplots(len(queries), len(widths), figsize=size, width_ratios=widths, squeeze=False)
-    figure.subplots_adjust(0.005, 0.02, 0.995, 1 - 1.0 / size[1], 0.04, 0.2)
+    figure.subplots_adjust(0.005, 0.2 / size[1], 0.995, 1 - 0.8 / size[1], 0.04, 0.2)
     for axis in axes.flat:
         axis.axis("off")
     for number, query in enumerate(queries):
@@ -169,7 +169,7 @@ def draw(
                 show(axes[number, 2 + group * (count + 1) + rank], pool, i, same)
     axes[0, 0].set_title("query", fontsize=11, loc="left")
     for group, line in enumerate(found):
-        title = f"{line}: {100 * share[line]:.0f} % show a class of the query"
+        title = f"{line}\n{100 * share[line]:.0f} % show a class of the query"
         axes[0, 2 + group * (count + 1)].set_title(title, fontsize=11, loc="left")
     text = f"{len(queries)} queries with {count} neighbours each; of images at random {100 * chance:.0f} %"
     figure.suptitle(text, fontsize=11, x=0.005, ha="left")
@@ -182,7 +182,7 @@ def show(axis: plt.Axes, split: Split, number: int, same: bool = False) -> None:
     names = ", ".join(name for name, label in zip(split.classes, split.labels[number], strict=True) if label > 0)
     mark, colour = ("\u2713 ", COLOURS[0]) if same else ("", "black")
     axis.text(
-        0, THUMBNAIL + 3, mark + (names if len(names) < 24 else f"{names[:22]}…"), fontsize=6.5, va="top", color=colour
+        0, THUMBNAIL + 3, mark + (names if len(names) < 21 else f"{names[:19]}…"), fontsize=6.5, va="top", color=colour
     )
     if same:
         corner, side = (-0.5, -0.5), THUMBNAIL

@@ -347,12 +347,12 @@ def test_a_full_disk_while_a_checkpoint_is_written(run, tmp_path):
     assert all(torch.equal(value, found[name]) for name, value in whole.items())
 
 
-def test_a_full_disk_while_the_record_is_written(run, tmp_path):
+def test_a_full_disk_while_the_results_are_written(run, tmp_path):
     record = Path(record_of(run("voc_cls.py", "init=xavier")))
     before = json.loads(record.read_text())
     record.unlink()
-    assert "record.json (File too large)" in error_of(run("voc_cls.py", "init=xavier", disk=2000))
-    assert not list(record.parent.glob("record*"))
+    assert "scores.npz (File too large)" in error_of(run("voc_cls.py", "init=xavier", disk=2000))
+    assert not [*record.parent.glob("record*"), *record.parent.glob("*.tmp")]
     assert json.loads(Path(record_of(run("voc_cls.py", "init=xavier"))).read_text())["metrics"] == before["metrics"]
 
 
