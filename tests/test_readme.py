@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "docs" / "initializers.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LSUV = (ROOT / "docs" / "lsuv.md").read_text()
 COMMANDS = re.findall(
-    r"^((?:make|python|torchrun) [^#\n]*)", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.M
+    r"^((?:make|python|torchrun) [^#\n]*)", "\n".join(re.findall(r"```bash\n(.*?)```", README + LSUV, re.DOTALL)), re.M
 )
 
 
