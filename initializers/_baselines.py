@@ -32,12 +32,21 @@ def gaussian(model: nn.Module, std: float = 0.01, *, factors: Mapping[str, float
     _fill(model, seed, fill)
 
 
-def xavier(model: nn.Module, *, seed: int = 0) -> None:
+def xavier(model: nn.Module, *, fan: str = "in", seed: int = 0) -> None:
     """Weights U(-a, a) with a = sqrt(3 / fan_in), biases 0: Glorot & Bengio (2010) as Caffe has it, fan_in alone.
 
     fan_in = in_channels / groups * positions of the kernel.
+
+    Args:
+        fan: "in"; "out" for fan_out, the outputs of a group * positions of the kernel; or "average" for the mean of the
+            two, which is Glorot & Bengio's own.
+
+    Raises:
+        ValueError: another `fan`.
     """
-    _fill(model, seed, _xavier)
+    if fan not in ("in", "out", "average"):
+        raise ValueError(f"fan={fan!r}: choose in, out or average")
+    _fill(model, seed, lambda layer, generator: _xavier(layer, generator, fan))
 
 
 def msra(model: nn.Module, *, factors: Mapping[str, float] | None = None, linear: bool = False, seed: int = 0) -> None:
@@ -189,8 +198,10 @@ def _moments(outputs: list[Tensor]) -> tuple[float, float]:
     return mean, squares / count
 
 
-def _xavier(layer: Layer, generator: torch.Generator) -> None:
-    limit = math.sqrt(3 / layer.fan_in)
+def _xavier(layer: Layer, generator: torch.Generator, fan: str = "in") -> None:
+    _, outputs, inputs, kernel = layer.blocks.shape
+    number = {"in": inputs, "out": outputs, "average": (inputs + outputs) / 2}[fan] * kernel
+    limit = math.sqrt(3 / number)
     layer.weight.uniform_(-limit, limit, generator=generator)
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # else: what the command sees is a process of its own, as from the command line.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    [f"experiments.{name}" for name in ("voc_cls", "voc_det", "imagenet", "neighbors", "small_images")]
+    [f"experiments.{name}" for name in ("voc_cls", "voc_det", "imagenet", "neighbors", "small_images", "depth")]
 )
 
 

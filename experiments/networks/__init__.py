@@ -4,11 +4,13 @@ from experiments.networks.caffenet import CaffeNet
 from experiments.networks.fitnet import FitNet4, MNISTFitNet
 from experiments.networks.googlenet import GoogLeNet
 from experiments.networks.network import make_network
+from experiments.networks.plain import plain
 from experiments.networks.resnet import ResNet
-from experiments.networks.vgg import VGG16
+from experiments.networks.vgg import VGG, VGG16
 from experiments.networks.weights import load_weights, read_weights
 
 __all__ = [
+    "VGG",
     "VGG16",
     "CaffeNet",
     "FitNet4",
@@ -17,5 +19,6 @@ __all__ = [
     "ResNet",
     "load_weights",
     "make_network",
+    "plain",
     "read_weights",
 ]

@@ -12,13 +12,14 @@ from experiments.settings import OPEN, RULES, check, flat
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-COMMANDS = ("voc_cls", "voc_det", "imagenet", "pretrain", "change_rate", "neighbors", "small_images")
+COMMANDS = ("voc_cls", "voc_det", "imagenet", "pretrain", "change_rate", "neighbors", "small_images", "depth")
 GROUPS = [
     *(f"init={path.stem}" for path in sorted((CONFIGS / "init").glob("*.yaml"))),
     *(f"model={path.stem}" for path in sorted((CONFIGS / "model").glob("*.yaml"))),
     *(f"preset={path.stem}" for path in sorted((CONFIGS / "preset").glob("*.yaml"))),
     "optimizer=adam",
     "optimizer=rmsprop",
+    *("network=linear", "network=convolution", "network=vgg"),
 ]
 
 UNDETECTED = {"model=fitnet4", "model=mnist_fitnet", "model=resnet"}  # no detector is made of these
@@ -111,6 +112,11 @@ BAD = [
             *("data.pad=-1", "data.mirror=2", "data.images=0", "data.held_out=0", "train.lr_steps=[0]"),
         )
     ),
+    *(
+        ("depth", override)
+        for override in ("network.kind=rnn", "network.depths=[1]", "network.depths=[F]", "network.depths=[]")
+    ),
+    *(("depth", override) for override in ("network.width=0", "network.activation=gelu")),
     *(("small_images model=resnet", override) for override in ("model.depth=0", "model.depth=deep")),
     *(("small_images optimizer=rmsprop", override) for override in ("optimizer.rms_decay=1", "optimizer.rms_decay=-1")),
     *(("pretrain", override) for override in ("patches.gap=-1", "patches.min_side=0", "patches.min_side=2")),
