@@ -37,6 +37,7 @@ METRICS = {  # of each experiment: name in the record, what it is, and the name 
     "voc_cls": ("map_step", "mean average precision (step AP)", "step"),
     "voc_det": ("map_voc11", "mean average precision (11-point AP)", "voc11"),
     "imagenet": ("top1", "top-1 accuracy", None),
+    "small_images": ("top1", "top-1 accuracy", None),
 }
 POINTS = 10  # rows of the losses
 

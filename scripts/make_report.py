@@ -36,7 +36,7 @@ TABLES = {
     "table3-detection": "Table 3: pre-trained networks, detection",
     "section4.4": "Section 4.4: other networks",
 }
-METRICS = {"voc_cls": "map_step", "voc_det": "map_voc11", "imagenet": "top1"}
+METRICS = {"voc_cls": "map_step", "voc_det": "map_voc11", "imagenet": "top1", "small_images": "top1"}
 KINDS = {"voc_cls": "step", "voc_det": "voc11"}  # of average precision, per class
 POINTS = 150  # of a curve, at most
 INK = "#010203"  # stands for the colour of the page's text

@@ -42,6 +42,9 @@ RESULTS = {
     "neighbors": ("neighbors",),
     "figure3": ("imagenet", "figure3"),
     "figure4": ("imagenet", "figure4"),
+    "lsuv": ("small_images", "lsuv_mnist", "lsuv_activations", "lsuv_bn", "lsuv_resnet"),
+    "lsuv_imagenet": ("imagenet", "lsuv_imagenet"),
+    "depth": ("depth", "depth"),
 }
 # A run of preset=demo takes half a minute or more, and these are many. By experiment, or by sweep.
 DEMO = {
@@ -49,6 +52,9 @@ DEMO = {
     "voc_det": ["train.iterations=20", "train.log_every=10"],
     "detection": ["init=caffe,kmeans"],
     "imagenet": ["train.iterations=40", "train.log_every=10"],
+    "small_images": ["train.iterations=20", "init=lsuv,he"],
+    "lsuv_mnist": ["seed=0"],
+    "depth": ["train.iterations=10", "network.activation=relu"],
 }
 FIGURES = {"change_rate", "neighbors"}  # write into the folder `output` itself
 # Settings that the time of a step depends on, or that of the evaluation.

@@ -266,6 +266,14 @@ def test_the_losses_on_imagenet_are_those_of_the_records():
     assert found == expected
 
 
+def test_the_reference_at_one_learning_rate_is_that_of_the_record():
+    (stated,) = re.findall(r"with \.01 to the end the reference has a loss of ([\d.]+)", " ".join(RESULTS.split()))
+    (path,) = (ROOT / "results" / "causes").glob("mini-caffe-*/record.json")
+    record = json.loads(path.read_text())
+    assert record["config"]["train"]["lr_every"] == record["config"]["train"]["iterations"]
+    assert stated == f"{record['metrics']['loss']:.2f}"
+
+
 # The rows of the README: what is measured, and by which records.
 ROWS = {
     "table2 preset=mini": ("table2", "map_step", "mini, 20,000 iterations"),

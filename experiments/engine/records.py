@@ -96,13 +96,15 @@ def read_records(paths: Sequence[Path], experiment: str, metrics: Mapping[str, s
     """One row per record of `experiment`; `config` is its configuration, the columns `config.*` hold it as text.
 
     Args:
-        metrics: names of shares between 0 and 1 that the records hold; they become percentages.
+        metrics: names of shares between 0 and 1 that the records hold; they become percentages. With any, records of
+            trainings that diverged are left out, which have none.
 
     Raises:
         ValueError: a file that is no result record.
         OSError: one that cannot be read.
     """
-    rows = [_row(path, record, metrics) for path in paths if (record := _load(path))["experiment"] == experiment]
+    records = ((path, record) for path in paths if (record := _load(path))["experiment"] == experiment)
+    rows = [_row(path, record, metrics) for path, record in records if not (metrics and record.get("diverged"))]
     return pd.DataFrame(rows)
 
 

@@ -53,6 +53,15 @@ def test_runs_are_named_by_records_and_folders_too(say, tmp_path):
     assert text.count("one seed: no interval") == 1
 
 
+def test_a_training_that_diverged_has_no_part_in_it(say, tmp_path):
+    for name in ("mini-kmeans-seed1-27f2c65f", "mini-kmeans-seed2-a9b8d6ea", "mini-xavier-seed1-6060f9c1"):
+        shutil.copytree(RUNS / "voc_cls" / name, tmp_path / name)
+    path = tmp_path / "mini-kmeans-seed2-a9b8d6ea" / "record.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"diverged": "a loss is nan", "metrics": {"map_step": None}}))
+    assert say("init=kmeans", "init=xavier", "--runs", tmp_path).count("one seed: no interval") == 1
+
+
 def test_scores_give_an_interval_over_test_images(say, tmp_path):
     generator = np.random.default_rng(0)
     labels = np.where(generator.random((200, 20)) < 0.2, 1, -1).astype(np.int8)
