@@ -1,12 +1,12 @@
 """When does an initialization help? Modern networks on few images, each at the learning rate that suits it.
 
     python scripts/when.py                                                # all of it, many hours
-    python scripts/when.py --networks resnet18 --sets cifar10-500 --inits torch kmeans threads=1
+    python scripts/when.py threads=1 --networks resnet18 --sets cifar10-500 --inits torch kmeans
 
 For each network, set of images and initialization: a run at each learning rate, with a fifth of the training images
 held out, seed 0; the rate with the highest top-1 accuracy on those counts, of equals the smaller. Then a run with all
 of the training images at that rate for each seed, tested on the test images. Runs that are done are skipped. What
-stands behind the options goes to experiments/small_images.py as it is. Prints a line for each initialization, and at
+stands before the options goes to experiments/small_images.py as it is. Prints a line for each initialization, and at
 the end the folders of the records that count, which go to results/runs/.
 """
 
@@ -48,12 +48,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, choices in (("networks", NETWORKS), ("sets", SETS), ("inits", INITS)):
         parser.add_argument(f"--{name}", nargs="+", choices=[*choices], default=[*choices])
-    arguments, settings = parser.parse_known_args()
+    parser.add_argument("settings", nargs="*", help="of experiments/small_images.py, as key=value")
+    arguments = parser.parse_args()
     folders = []
     for network in arguments.networks:
         for images in arguments.sets:
             for init in arguments.inits:
-                lr, found = study(network, images, init, settings)
+                lr, found = study(network, images, init, arguments.settings)
                 scores = [record["metrics"]["top1"] for _, record in found if record["metrics"]["top1"] is not None]
                 mean = f"{statistics.mean(scores):.1%}" if scores else "diverges"
                 print(f"{network}, {images}, {init}: {mean} at {lr:g}, {len(scores)} of {len(found)} runs", flush=True)

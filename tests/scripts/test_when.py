@@ -67,9 +67,16 @@ def test_the_commands_are_understood(monkeypatch, network):
 @pytest.mark.slow
 def test_the_study_of_one_initialization(tmp_path):
     make_demo_folders(tmp_path / "set", num_train=25, num_val=2, size=48)
-    command = [sys.executable, when.ROOT / "scripts/when.py", "--networks", "convnext_atto", "--sets", "cifar10-500"]
-    command += ["--inits", "gaussian", f"data.root={tmp_path / 'set'}", "data.name=small", "data.test=val"]
-    command += ["train.iterations=5", "train.batch_size=8", "init.images=20", "device=cpu", "threads=1"]
+    command = [sys.executable, when.ROOT / "scripts/when.py", f"data.root={tmp_path / 'set'}", "data.name=small"]
+    command += [
+        "data.test=val",
+        "train.iterations=5",
+        "train.batch_size=8",
+        "init.images=20",
+        "device=cpu",
+        "threads=1",
+    ]
+    command += ["--networks", "convnext_atto", "--sets", "cifar10-500", "--inits", "gaussian"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said, *folders = done.stdout.splitlines()
