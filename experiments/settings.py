@@ -62,6 +62,7 @@ RULES: dict[str, Any] = {
     "model.batch_norm": bool,
     "model.activation": Literal["relu", "vlrelu", "tanh", "sigmoid", "maxout"],
     "model.depth": Count,
+    "model.patch": Count,
     "model.auxiliary": bool,
     "model.dropout": Below1,
     "detector.pool": Text,

@@ -142,8 +142,9 @@ Written by `python scripts/make_tables.py` from the records in `results/runs/`: 
 
 Top-1 accuracy on the test images in percent at the end of training, ± the standard deviation over seeds; behind the
 slash the epochs after which the loss has left the flat part of its beginning. Both are means over the runs that
-converge. A dash has not been measured. In brackets what is published (Mishkin & Matas, 2016), at the scale of the
-preset `paper`.
+converge. Where training is on a number of images, each initialization has the learning rate that was chosen for it on
+images held out (`scripts/when.py`), which follows. A dash has not been measured. In brackets what is published (Mishkin
+& Matas, 2016), at the scale of the preset `paper`.
 """
 FLAT_PART = f"""\
 # How long the loss stays flat on ImageNet
@@ -156,6 +157,7 @@ ends 1.3 points lower; for GoogLeNet top-1 accuracies of 68.0 with LSUV and 67.2
 # Settings of small_images.py that are columns of a block.
 VARIANTS = ("config.model.activation", "config.model.batch_norm", "config.model.depth", "config.loss")
 OF_SMALL = [*VARIANTS, "config.data.train", "config.data.test"]  # that no title names
+LR, IMAGES, HELD_OUT = "config.optimizer.lr", "config.data.images", "config.data.held_out"
 
 FAMILIES = """\
 # The networks of torchvision
@@ -437,10 +439,16 @@ def small_images(paths: Sequence[Path], paper: Path) -> dict[str, str]:
     if records.empty:
         return {}
     records = pd.concat([records, pd.DataFrame([outcome(row) for _, row in records.iterrows()], records.index)], axis=1)
-    records = records.reindex(columns=[*dict.fromkeys([*records, *VARIANTS])])
+    records = records.reindex(columns=[*dict.fromkeys([*records, *VARIANTS, IMAGES, HELD_OUT])])
+    records = records[records[HELD_OUT].isna() | (records[HELD_OUT] == "None")]  # the others choose learning rates
+    few = records[IMAGES].notna() & (records[IMAGES] != "None")
+    found = by_protocol(records[~few], OF_SMALL) if not few.all() else {}
+    for count, rows in records[few].groupby(IMAGES):
+        blocks_of = by_protocol(rows, [*OF_SMALL, LR, IMAGES])
+        found |= {f"{title}, {count} training images": block for title, block in blocks_of.items()}
     published = pd.read_csv(paper / "lsuv.csv").set_index(["data", "model", "loss", "init"])["top1"]
     texts, parts = [], []
-    for protocol, block in by_protocol(records, OF_SMALL).items():
+    for protocol, block in found.items():
         names = [name for name in VARIANTS if block[name].nunique(dropna=False) > 1]
         block = by_initialization(block)
         block = one_of_each_seed(block, ["init", *names])
@@ -452,8 +460,8 @@ def small_images(paths: Sequence[Path], paper: Path) -> dict[str, str]:
             lines.append([f"`{init}`", *(small_cell(own[name], published) if name in own else "-" for name in columns)])
         texts.append(f"## {plain(protocol)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
         texts.append(f"- rule: {'; '.join(sorted({*map(plain, block['rule'])}))}\n{origin(block).lstrip()}")
-        parts.append(block[["init", "variant", "seed", "top1", "converges", "epochs"]].assign(preset=protocol))
-    return files("small_images", SMALL_IMAGES, texts, pd.concat(parts))
+        parts.append(block[["init", "variant", "seed", LR, "top1", "converges", "epochs"]].assign(preset=protocol))
+    return files("small_images", SMALL_IMAGES, texts, pd.concat(parts)) if parts else {}
 
 
 def outcome(row: pd.Series) -> dict:
@@ -481,6 +489,8 @@ def small_cell(rows: pd.DataFrame, published: pd.Series) -> str:
     text += f" ± {good['top1'].std():.2f}" if len(good) > 1 else ""
     text += f" / {good['epochs'].mean():.2f}" if good["epochs"].notna().any() else ""
     text += f", n={len(rows)}" * (len(rows) > 1) + f", {len(good)} converge" * (0 < len(good) < len(rows))
+    if pd.notna(first[IMAGES]) and first[IMAGES] != "None":
+        text += f", lr {' '.join(sorted(set(rows[LR])))}"
     key = (*(first.get(f"config.{name}") for name in ("data.name", "model._target_", "loss")), first["init"])
     return text + (f" ({published[key]:.1f})" if key in published.index else "")
 

@@ -3,6 +3,7 @@
 from experiments.networks.caffenet import CaffeNet
 from experiments.networks.fitnet import FitNet4, MNISTFitNet
 from experiments.networks.googlenet import GoogLeNet
+from experiments.networks.modern import convnext_atto, mobilenetv2, resnet18, vit_tiny
 from experiments.networks.network import make_network
 from experiments.networks.plain import plain
 from experiments.networks.resnet import ResNet
@@ -17,8 +18,12 @@ __all__ = [
     "GoogLeNet",
     "MNISTFitNet",
     "ResNet",
+    "convnext_atto",
     "load_weights",
     "make_network",
+    "mobilenetv2",
     "plain",
     "read_weights",
+    "resnet18",
+    "vit_tiny",
 ]

@@ -9,6 +9,7 @@ from torch import nn
 from experiments.targets import call, named
 
 OURS = "experiments.networks."
+AFFINE = (nn.Linear, nn.Conv2d)
 
 
 @runtime_checkable
@@ -57,10 +58,14 @@ def make_network(settings: DictConfig, outputs: int, channels: int = 3) -> nn.Mo
         raise ValueError(
             f"model._target_={target} returns a {type(model).__name__}: it should return a torch.nn.Module"
         )
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    if not layers:
+    if not any(isinstance(layer, AFFINE) for layer in model.modules()):
         raise ValueError(f"model._target_={target}: there is no convolution and no linear layer in what it returns")
-    if not isinstance(model, Network):
-        model.last_layer, model.classifiers = layers[-1], layers[-1:]
-        model.input_size, model.std_factors = size, dict.fromkeys(layers, 1.0)
+    return model if isinstance(model, Network) else as_network(model, size)
+
+
+def as_network(model: nn.Module, input_size: int) -> nn.Module:
+    """A model from elsewhere as a `Network`: its last linear layer or convolution is `last_layer`."""
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, AFFINE)]
+    model.last_layer, model.classifiers = layers[-1], layers[-1:]
+    model.input_size, model.std_factors = input_size, dict.fromkeys(layers, 1.0)
     return model

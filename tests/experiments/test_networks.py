@@ -85,7 +85,7 @@ def test_vgg_is_balanced_exactly(filters):
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORKS = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
-SMALL = ("fitnet4", "mnist_fitnet", "resnet")
+SMALL = ("fitnet4", "mnist_fitnet", "resnet", "resnet18", "convnext_atto", "vit_tiny", "mobilenetv2")
 FEW = ["init=gaussian", "init.images=20", "train.iterations=1"]
 COMMANDS = {
     "voc_cls.py": ["preset=demo", *FEW, "rates.images=10", "evaluate.crops=1"],

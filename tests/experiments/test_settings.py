@@ -22,7 +22,8 @@ GROUPS = [
     *("network=linear", "network=convolution", "network=vgg"),
 ]
 
-UNDETECTED = {"model=fitnet4", "model=mnist_fitnet", "model=resnet"}  # no detector is made of these
+UNDETECTED = {f"model={name}" for name in ("fitnet4", "mnist_fitnet", "resnet")}  # no detector is made of these
+UNDETECTED |= {f"model={name}" for name in ("resnet18", "convnext_atto", "vit_tiny", "mobilenetv2")}
 
 
 def config(command, *overrides):

@@ -79,6 +79,18 @@ def test_what_is_published_stands_in_brackets(add, tmp_path):
     assert "data.name=mnist, optimizer.name=rmsprop" in text
 
 
+def test_on_few_images_each_initialization_has_its_own_learning_rate(add, tmp_path):
+    few = ("model=resnet18", "data.images=500")
+    add("a", *few, "init=lsuv", "optimizer.lr=0.03", **small(0.5))
+    add("b", *few, "init=torch", "optimizer.lr=0.1", **small(0.4))
+    add("c", *few, "init=torch", "optimizer.lr=0.01", "data.held_out=100", **small(0.9))
+    text = make(tmp_path)["small_images.md"]
+    assert text.count("## ") == 1
+    assert ", 500 training images\n" in text
+    assert "| `lsuv` | 50.00 / 0.50, lr 0.03 |\n| `torch` | 40.00 / 0.50, lr 0.1 |" in text
+    assert "90.00" not in text
+
+
 @pytest.mark.parametrize("change", [{"converges": {"holds": 1, "rule": ""}}, {"metrics": {}}, {"epoch": 0}])
 def test_a_damaged_record_is_named(add, tmp_path, change):
     add("a", "init=lsuv", **small(0.5) | change)
