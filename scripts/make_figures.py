@@ -80,6 +80,7 @@ def figures_of(folders: list[Path], paths: list[Path]) -> dict[str, bytes]:
     return figures
 
 
+@plt.rc_context({"text.parse_math": False})  # a "$" in a name begins no formula
 def make_figures(paths: Sequence[Path]) -> dict[str, bytes]:
     """File name -> PNG of every figure, from the records among `paths`.
 
@@ -114,7 +115,7 @@ def draw_voc(title: str, block: pd.DataFrame) -> bytes:
         except (KeyError, TypeError, ValueError) as error:
             raise no_record(row["path"], error if isinstance(error, ValueError) else repr(error)) from error
         number = lines.index(row["init"])
-        text = {"label": f"{row['init']}, n={(block['init'] == row['init']).sum()}"}
+        text = {"label": f"{row['init']}, n={(block['init'] == row['init']).sum()}".lstrip("_")}
         smooth = curve["loss"].rolling(max(1, len(curve) // SMOOTH), min_periods=1).mean()
         axis.plot(curve["step"], smooth, **style_of(number), **marks(number, curve), **text, linewidth=1)
         ends += [*smooth[curve["step"] > START * curve["step"].max()].agg(["min", "max"])]
@@ -210,7 +211,7 @@ def draw_run(run: Run, number: int, pair: Sequence[plt.Axes], last: float, smoot
     for axis, table, losses in zip(pair, (run.curve, run.validation), (training, run.validation["loss"]), strict=True):
         early = table["step"] <= last
         style = style_of(number) | marks(number, table[early]) | {"linewidth": 1}
-        style["label"] = run.line.lstrip("_").replace("$", r"\$")  # as text: no formula, and not left out
+        style["label"] = run.line.lstrip("_")  # behind which matplotlib would leave it out
         axis.plot(table["step"][early], losses[early], **style)
 
 

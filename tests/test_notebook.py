@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pytest
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "initializers.ipynb"
 
 
+@pytest.mark.slow
 def test_it_runs_and_shows_what_it_says(monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(plt, "show", lambda: drawn.append(plt.gcf()))

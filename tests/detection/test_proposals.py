@@ -83,6 +83,7 @@ def images(tmp_path):
     return paths
 
 
+@pytest.mark.slow
 def test_selective_search_goes_on_where_it_was_killed(images, tmp_path, monkeypatch):
     monkeypatch.setattr(proposals, "PART", 2)
     whole, parts = tmp_path / "whole.npz", tmp_path / "sub" / "parts.npz"

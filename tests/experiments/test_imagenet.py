@@ -51,6 +51,7 @@ def test_the_loss_counts_auxiliary_classifiers_and_leaves_bad_images_out():
     assert classification_loss(logits, torch.full((6,), BAD))[0] == 0
 
 
+@pytest.mark.slow
 def test_auxiliary_classifiers_are_initialized_with_the_network():
     torch.manual_seed(0)
     model = GoogLeNet(10, input_size=64, width=0.125, lrn=False, auxiliary=True)
@@ -244,7 +245,7 @@ def test_bad_images_are_counted_and_not_fatal(execute, data, tmp_path):
             "error: init.images=900, but there are only 800 images to choose from: lower it",
         ),
         (["published=figure5"], "error: published=figure5: choose figure3, figure4 or null"),
-        (["train.lr_policy=cosine"], "error: train.lr_policy=cosine: it should be 'step' or 'poly'"),
+        (["train.lr_policy=cosine"], "error: train.lr_policy=cosine: it should be 'step', 'multistep' or 'poly'"),
         (["train.precision=half"], "error: train.precision=half: it should be 'float32' or 'bfloat16'"),
     ],
 )
@@ -318,7 +319,8 @@ def torchrun(line, folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(command, begin, execute, tmp_path, processes):
     # An epoch has 25 steps; dropout draws from a generator of each process.
     long = ("train.iterations=180", "train.checkpoint_seconds=0", "model.dropout=0.5", "train.validate_every=30")

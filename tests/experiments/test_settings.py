@@ -49,6 +49,7 @@ def test_every_setting_of_every_command_has_a_rule_and_keeps_it(command):
         assert {key for key in keys if not f"{key}.".startswith(OPEN)} <= RULES.keys()
 
 
+@pytest.mark.slow
 def test_no_rule_is_of_a_setting_that_is_not_there():
     found = set()
     for command in COMMANDS:

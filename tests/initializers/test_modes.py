@@ -166,6 +166,7 @@ def test_training_mode_is_an_option(call):
         assert torch.cat(outputs).std(0).mean().item() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_auxiliary_classifiers_of_torchvision():
     torch.manual_seed(0)
     model = torchvision.models.segmentation.fcn_resnet50(

@@ -31,6 +31,7 @@ def records(tmp_path):
     return [json.loads(path.read_text()) for path in sorted(tmp_path.glob("outputs/*/*/record.json"))]
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_a_run_fails_and_says_which_and_why(call, tmp_path):
     done = call("table2", *SHORT, "init=torch", "train.batch_size=1000,10")
     assert done.returncode == 1
