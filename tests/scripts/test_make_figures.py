@@ -133,7 +133,7 @@ def test_several_seeds_share_a_line(tmp_path, drawn):
 
 
 def test_what_the_paper_does_not_show_is_a_line_of_its_own(tmp_path, drawn):
-    write(tmp_path, "own", "init=pca", "init.name=_mine$")
+    write(tmp_path, "own", "init=pca", "init.name=_mine$|$")
     write(tmp_path, "reference", "init=caffe")
     write(tmp_path, "no-lrn", "init=pca", "model.lrn=false")
     write(tmp_path, "rate", "init=caffe", "optimizer.lr=0.5")
@@ -142,7 +142,7 @@ def test_what_the_paper_does_not_show_is_a_line_of_its_own(tmp_path, drawn):
     assert [line.get_label() for line in drawn[0].axes[0].get_lines()] == [
         "Reference, optimizer.lr=0.01",
         "Reference, optimizer.lr=0.5",
-        r"mine\$, optimizer.lr=0.01",
+        "mine$|$, optimizer.lr=0.01",
         "kmeans init._target_=my_module.my_init, optimizer.lr=0.01",
         "pca, no LRN, optimizer.lr=0.01",
     ]
