@@ -1,6 +1,7 @@
 """What a run leaves on disk: folder, checkpoints, record. A file is written whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -293,9 +294,9 @@ def _newest_checkpoint(folder: Path) -> Any:
                 if wrong := archive.testzip():  # torch.load does not look at the checksums
                     raise zipfile.BadZipFile(f"wrong checksum of {wrong}")
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
         except Exception as error:  # damage shows as any kind of error, from the zip reader to the unpickler
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a seek to before the file gives
+                raise
             reason = str(error).partition("\n")[0]
             warnings.warn(f"{path} is damaged and will not be used ({reason})", stacklevel=2)
         else:

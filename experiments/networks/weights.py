@@ -126,9 +126,8 @@ def load_weights(model: nn.Module, path: str | Path, *, seed: int = 0, skip: Seq
             found[buffer] = tensor
     report.extra = list(tensors)
     if not report.loaded:
-        raise ValueError(
-            f"{path} holds no layer of {type(model).__name__}: its layers are {', '.join(list(tensors)[:4])}, ..."
-        )
+        names = _printable(", ".join(list(tensors)[:4]))
+        raise ValueError(f"{path} holds no layer of {type(model).__name__}: its layers are {names}, ...")
     for target, tensor in found.items():
         target.copy_(tensor)
     if f"{model.last_layer}.weight" in report.missing:
@@ -262,7 +261,7 @@ def _read_caffe(path: Path) -> tuple[dict[str, Tensor], list[_Norm]]:
     values: dict[bytes, _Value] = {}
     layers = [*((layer, b"", (), ()) for layer in net.layers), *((x, x.type, x.bottom, x.top) for x in net.layer)]
     for layer, kind, bottoms, tops in layers:
-        name = layer.name.decode(errors="replace").replace("/", ".")
+        name = _printable(layer.name.decode(errors="replace")).replace("/", ".")
         blobs = [_tensor(f"{path}: {name}.{_part(number)}", blob) for number, blob in enumerate(layer.blobs)]
         inputs = [values.setdefault(bottom, _Value()) for bottom in bottoms]
         for value in inputs:
@@ -301,6 +300,11 @@ def _norm(path: Path, name: str, layer, blobs: list[Tensor], inputs: list[_Value
     factor = 0.0 if blobs[2].item() == 0 else 1 / blobs[2].item()
     eps = layer.batch_norm_param.eps if layer.batch_norm_param.HasField("eps") else BATCH_NORM_EPS
     return _Norm(name, after, blobs[0] * factor, blobs[1] * factor, eps, ones, zeros)
+
+
+def _printable(text: str) -> str:
+    """The text with a mark for what would break the line of a message."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _part(number: int) -> str:
