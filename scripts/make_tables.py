@@ -248,6 +248,10 @@ def results(
     records = read_records(paths, experiment, metrics)
     if records.empty:
         return records
+    for name in but:
+        lacking = records["path"] if name not in records else records.loc[records[name].isna(), "path"]
+        if len(lacking):
+            raise no_record(lacking.iloc[0], f"{name} is missing")
     blocks = map(by_initialization, by_protocol(records, but).values())
     return pd.concat([one_of_each_seed(block, ["init", *but]) for block in blocks]).sort_index()
 

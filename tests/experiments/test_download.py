@@ -58,7 +58,7 @@ def endless(handler, data, start):
     handler.answer(200)
     with contextlib.suppress(OSError):
         while True:
-            handler.wfile.write(data)
+            handler.wfile.write(b"!" + data)  # not an archive and then more, which is one where no more has come yet
 
 
 def page(handler, data, start):

@@ -233,6 +233,14 @@ def test_detection_has_tables_of_its_own(runs):
     assert "| Ours (k-means) | `kmeans` | 56.6 | 25.0 |" in tables["table2.md"]
 
 
+def test_a_detection_without_a_learning_rate_is_named(runs):
+    folder, add = runs
+    metrics = {"map_voc11": 0.4, "map_area": 0.3, "coco_ap": 0.12}
+    add("a", experiment="voc_det", metrics=metrics, config__optimizer={"name": "sgd"})
+    with pytest.raises(ValueError, match=r"record.json is no result record \(config.optimizer.lr is missing\)"):
+        make(folder)
+
+
 def test_detection_is_at_the_best_learning_rate_of_each_initialization(runs, tmp_path):
     folder, add = runs
     metrics = {"map_area": 0.3, "coco_ap": 0.12, "coco_ap50": 0.3}
