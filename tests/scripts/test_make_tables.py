@@ -237,7 +237,7 @@ def test_a_detection_without_a_learning_rate_is_named(runs):
     folder, add = runs
     metrics = {"map_voc11": 0.4, "map_area": 0.3, "coco_ap": 0.12}
     add("a", experiment="voc_det", metrics=metrics, config__optimizer={"name": "sgd"})
-    with pytest.raises(ValueError, match=r"record.json is no result record \(config.optimizer.lr is missing\)"):
+    with pytest.raises(ValueError, match=r"record-a.json is no result record \(config.optimizer.lr is missing\)"):
         make(folder)
 
 
