@@ -443,7 +443,7 @@ def small_images(paths: Sequence[Path], paper: Path) -> dict[str, str]:
     if records.empty:
         return {}
     records = pd.concat([records, pd.DataFrame([outcome(row) for _, row in records.iterrows()], records.index)], axis=1)
-    records = records.reindex(columns=[*dict.fromkeys([*records, *VARIANTS, IMAGES, HELD_OUT])])
+    records = records.reindex(columns=[*dict.fromkeys([*records, *VARIANTS, LR, IMAGES, HELD_OUT])])
     records = records[records[HELD_OUT].isna() | (records[HELD_OUT] == "None")]  # the others choose learning rates
     few = records[IMAGES].notna() & (records[IMAGES] != "None")
     found = by_protocol(records[~few], OF_SMALL) if not few.all() else {}
