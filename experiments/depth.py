@@ -27,7 +27,7 @@ from experiments.data.small import Normalization, SmallBatches, read_small
 from experiments.engine import run
 from experiments.engine.command import command
 from experiments.engine.convergence import FLAT, constant_loss, leaves_flat_part
-from experiments.engine.figures import encoded
+from experiments.engine.figures import encoded, style_of
 from experiments.engine.initialization import set_weights
 from experiments.engine.trainer import train_as
 from experiments.networks import plain
@@ -149,9 +149,10 @@ def draw_variances(cells: list[dict], depth: int | str) -> bytes:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     shown = [cell for cell in cells if cell["depth"] == depth and cell["layers"]]
     for axis, way in zip(axes, ("forward", "backward"), strict=True):
-        for cell in shown:
+        for number, cell in enumerate(shown):
             values = [row[way] or math.nan for row in cell["layers"]]
-            axis.plot(range(1, len(values) + 1), values, marker=".", linewidth=1, label=cell["line"])
+            style = style_of(number) | {"marker": ".", "linewidth": 1, "label": cell["line"]}
+            axis.plot(range(1, len(values) + 1), values, **style)
         axis.set_yscale("log")
         axis.set_xlabel("layer")
         axis.set_ylabel({"forward": "variance of the outputs", "backward": "variance of the gradient"}[way])

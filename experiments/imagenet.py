@@ -22,7 +22,7 @@ from experiments.data.prepare import prepare
 from experiments.engine import distributed, run
 from experiments.engine.command import command
 from experiments.engine.figures import line_of
-from experiments.engine.initialization import PRETRAINED, once, set_weights
+from experiments.engine.initialization import PRETRAINED, once, timed
 from experiments.engine.losses import AUXILIARY_WEIGHT, classification_loss
 from experiments.engine.trainer import train_as
 from experiments.networks import make_network
@@ -114,21 +114,17 @@ def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
         index = at_random(cfg.init.images, torch.arange(len(images)), generator, "init.images")
         chosen = whole_images(images, index, cfg.crop.size, tuple(cfg.data.mean))
         chosen = chosen.to(next(model.parameters()).device)
-    began = time.perf_counter()
     # Not with weights from a file, which know the network by its own names.
     together = len(model.classifiers) > 1 and chosen is not None and cfg.init._target_ != PRETRAINED
     zero = cfg.zero_classifiers and cfg.init._target_ not in ("initializers.caffe", PRETRAINED)
     # The scale of the outputs is gone with the classifiers.
     init = {**cfg.init, "outputs": "free"} if zero and cfg.init._target_ == "initializers.initialize" else cfg.init
-    found = set_weights(Classifiers(model) if together else model, init, chosen, cfg.seed)
-    seconds = time.perf_counter() - began
+    start = timed(Classifiers(model) if together else model, init, chosen, cfg.seed)
     if zero:
         for name in model.classifiers:
             for parameter in model.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
-    if found is not None:
-        print(found, flush=True)
-    return {"report": None if found is None else found.to_dict(), "seconds": seconds}
+    return start
 
 
 class Classifiers(nn.Module):

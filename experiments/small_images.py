@@ -21,7 +21,7 @@ from experiments.data.small import Normalization, SmallBatches, SmallImages, rea
 from experiments.engine import run
 from experiments.engine.command import command
 from experiments.engine.convergence import CONVERGES, FLAT, constant_loss, converges, leaves_flat_part
-from experiments.engine.initialization import once, set_weights
+from experiments.engine.initialization import once, timed
 from experiments.engine.losses import LOSSES
 from experiments.engine.trainer import train_as
 from experiments.networks import make_network
@@ -85,12 +85,7 @@ def initialize(cfg: DictConfig, model: nn.Module, pixels: Tensor, normalize: Nor
         generator = torch.Generator().manual_seed(cfg.seed)
         index = at_random(cfg.init.images, torch.arange(len(pixels)), generator, "init.images")
         images = normalize(pixels[index.to(pixels.device)])
-    began = time.perf_counter()
-    found = set_weights(model, cfg.init, images, cfg.seed)
-    seconds = time.perf_counter() - began
-    if found is not None:
-        print(found, flush=True)
-    return {"report": None if found is None else found.to_dict(), "seconds": seconds}
+    return timed(model, cfg.init, images, cfg.seed)
 
 
 @torch.inference_mode()

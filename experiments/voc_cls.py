@@ -22,7 +22,7 @@ from experiments.data.prepare import prepare
 from experiments.data.voc import Split, open_split, read_split, set_outputs
 from experiments.engine import run
 from experiments.engine.command import command
-from experiments.engine.initialization import PRETRAINED, absent_weights, choose, once, set_weights
+from experiments.engine.initialization import PRETRAINED, absent_weights, choose, once, timed
 from experiments.engine.losses import multilabel_loss
 from experiments.engine.metrics import average_precision
 from experiments.engine.trainer import CropBatches, predict, train_as
@@ -86,11 +86,7 @@ def initialize(cfg: DictConfig, model: nn.Module, cache: ImageCache, training: S
         `report` of the initialization (None if it looks at no images), its `seconds`, and `change_rate`.
     """
     images = choose(cfg, "init", cache, range(len(cache))) if "images" in cfg.init else None
-    began = time.perf_counter()
-    report = set_weights(model, cfg.init, images, cfg.seed)
-    seconds = time.perf_counter() - began
-    if report is not None:
-        print(report)
+    start = timed(model, cfg.init, images, cfg.seed)
 
     position = {image_id: index for index, image_id in enumerate(training.ids)}
     ids = read_split(cfg.data.root, cfg.data.val, training.classes).ids
@@ -104,11 +100,7 @@ def initialize(cfg: DictConfig, model: nn.Module, cache: ImageCache, training: S
     table = pd.DataFrame({"change rate": rates.mean, "coefficient of variation": rates.cv})
     print(f"\nchange rates on {cfg.rates.images} images of {cfg.data.val}, spread {rates.spread:.4g}")
     print(table.to_string(float_format="%.4g"), flush=True)
-    return {
-        "report": None if report is None else report.to_dict(),
-        "seconds": seconds,
-        "change_rate": {"mean": rates.mean, "cv": rates.cv, "spread": rates.spread},
-    }
+    return start | {"change_rate": {"mean": rates.mean, "cv": rates.cv, "spread": rates.spread}}
 
 
 def left_out(cfg: DictConfig) -> str:

@@ -28,7 +28,7 @@ from experiments.data.voc import Split, open_split, set_outputs
 from experiments.engine import run
 from experiments.engine.command import command
 from experiments.engine.figures import encoded
-from experiments.engine.initialization import absent_weights, once, set_weights
+from experiments.engine.initialization import absent_weights, once, timed
 from experiments.engine.trainer import train_as
 from experiments.networks import make_network
 from experiments.progress import pace
@@ -133,14 +133,10 @@ def initialize(cfg: DictConfig, model: FastRCNN, cache: ImageCache, rois: RoIs) 
             mean=cfg.mean,
             seed=cfg.seed,
         )
-    began = time.perf_counter()
-    found = set_weights(model, cfg.init, images, cfg.seed)
+    start = timed(model, cfg.init, images, cfg.seed)
     if cfg.new_layers == "fast_rcnn":
         model.reset_outputs(cfg.seed)
-    seconds = time.perf_counter() - began
-    if found is not None:
-        print(found, flush=True)
-    return {"report": None if found is None else found.to_dict(), "seconds": seconds}
+    return start
 
 
 def detect_all(cfg: DictConfig, model: FastRCNN, cache: ImageCache, proposals: Proposals) -> Detections:

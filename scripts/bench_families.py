@@ -266,8 +266,9 @@ def bench_timm(names: list[str], force: bool) -> None:
     TIMM_OUT.parent.mkdir(parents=True, exist_ok=True)
     if TIMM_OUT.exists() and not TIMM_OUT.read_bytes().endswith(b"\n"):
         append_line(TIMM_OUT, "")  # ends the line at which it was killed
+    known = {} if force else read_lines(TIMM_OUT, "network")
     for name in names:
-        if name in read_lines(TIMM_OUT, "network") and not force:
+        if name in known:
             continue
         process = multiprocessing.get_context("fork").Process(target=_bench_one, args=(name,))
         process.start()

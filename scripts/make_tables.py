@@ -157,7 +157,7 @@ ends 1.3 points lower; for GoogLeNet top-1 accuracies of 68.0 with LSUV and 67.2
 # Settings of small_images.py that are columns of a block.
 VARIANTS = ("config.model.activation", "config.model.batch_norm", "config.model.depth", "config.loss")
 OF_SMALL = [*VARIANTS, "config.data.train", "config.data.test"]  # that no title names
-LR, IMAGES, HELD_OUT = "config.optimizer.lr", "config.data.images", "config.data.held_out"
+IMAGES, HELD_OUT = "config.data.images", "config.data.held_out"
 
 FAMILIES = """\
 # The networks of torchvision
@@ -443,12 +443,12 @@ def small_images(paths: Sequence[Path], paper: Path) -> dict[str, str]:
     if records.empty:
         return {}
     records = pd.concat([records, pd.DataFrame([outcome(row) for _, row in records.iterrows()], records.index)], axis=1)
-    records = records.reindex(columns=[*dict.fromkeys([*records, *VARIANTS, LR, IMAGES, HELD_OUT])])
+    records = records.reindex(columns=[*dict.fromkeys([*records, *VARIANTS, RATE, IMAGES, HELD_OUT])])
     records = records[records[HELD_OUT].isna() | (records[HELD_OUT] == "None")]  # the others choose learning rates
     few = records[IMAGES].notna() & (records[IMAGES] != "None")
     found = by_protocol(records[~few], OF_SMALL) if not few.all() else {}
     for count, rows in records[few].groupby(IMAGES):
-        blocks_of = by_protocol(rows, [*OF_SMALL, LR, IMAGES])
+        blocks_of = by_protocol(rows, [*OF_SMALL, RATE, IMAGES])
         found |= {f"{title}, {count} training images": block for title, block in blocks_of.items()}
     published = pd.read_csv(paper / "lsuv.csv").set_index(["data", "model", "loss", "init"])["top1"]
     texts, parts = [], []
@@ -464,7 +464,7 @@ def small_images(paths: Sequence[Path], paper: Path) -> dict[str, str]:
             lines.append([f"`{init}`", *(small_cell(own[name], published) if name in own else "-" for name in columns)])
         texts.append(f"## {plain(protocol)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
         texts.append(f"- rule: {'; '.join(sorted({*map(plain, block['rule'])}))}\n{origin(block).lstrip()}")
-        parts.append(block[["init", "variant", "seed", LR, "top1", "converges", "epochs"]].assign(preset=protocol))
+        parts.append(block[["init", "variant", "seed", RATE, "top1", "converges", "epochs"]].assign(preset=protocol))
     return files("small_images", SMALL_IMAGES, texts, pd.concat(parts)) if parts else {}
 
 
@@ -494,7 +494,7 @@ def small_cell(rows: pd.DataFrame, published: pd.Series) -> str:
     text += f" / {good['epochs'].mean():.2f}" if good["epochs"].notna().any() else ""
     text += f", n={len(rows)}" * (len(rows) > 1) + f", {len(good)} converge" * (0 < len(good) < len(rows))
     if pd.notna(first[IMAGES]) and first[IMAGES] != "None":
-        text += f", lr {' '.join(sorted(set(rows[LR])))}"
+        text += f", lr {' '.join(sorted(set(rows[RATE])))}"
     key = (*(first.get(f"config.{name}") for name in ("data.name", "model._target_", "loss")), first["init"])
     return text + (f" ({published[key]:.1f})" if key in published.index else "")
 

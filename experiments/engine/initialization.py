@@ -1,6 +1,7 @@
 """How a configuration of `configs/init` initializes a network, and on which images."""
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -47,6 +48,22 @@ def set_weights(
     arguments = [model, *([] if target in BLIND else [images])]
     found = call("init._target_", function, *arguments, seed=seed, **options)
     return found if isinstance(found, initializers.Report) else None
+
+
+def timed(
+    model: nn.Module, init: Mapping, images: Tensor | tuple[Tensor, ...] | None, seed: int
+) -> dict[str, dict | float | None]:
+    """`set_weights`, whose report is printed.
+
+    Returns:
+        The `report` of the initialization (None if it makes none), and its `seconds`.
+    """
+    began = time.perf_counter()
+    report = set_weights(model, init, images, seed)
+    seconds = time.perf_counter() - began
+    if report is not None:
+        print(report, flush=True)
+    return {"report": None if report is None else report.to_dict(), "seconds": seconds}
 
 
 def pretrained(
