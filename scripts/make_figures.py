@@ -25,6 +25,7 @@ from experiments.engine.records import (
     assigned,
     by_initialization,
     by_protocol,
+    classes_in,
     differing,
     is_own,
     make_files,
@@ -171,8 +172,7 @@ def read_run(row: pd.Series) -> Run:
         if isinstance(epoch, bool) or not isinstance(epoch, int | float) or not 0 < epoch < float("inf"):
             raise ValueError(f"epoch={epoch} is no number of iterations")
         curves = [read_curve(path.with_name(record[name])) for name in ("curve", "validation")]
-        stated = re.search(r"(\d+) classes", row["data"])
-        classes = int(stated[1]) if stated and int(stated[1]) > 1 else None
+        classes = classes_in(row["data"])
         return Run(row["line"], classes, row["config"]["train"]["iterations"], epoch, *curves)
     except (KeyError, TypeError, ValueError) as error:
         raise no_record(path, error if isinstance(error, ValueError) else repr(error)) from error
@@ -182,7 +182,7 @@ def draw(figure: str | None, shown: list[Run]) -> bytes:
     """A figure in the paper's layout, as PNG: training loss on the left, validation loss on the right."""
     rows = ROWS.get(figure, ((1, True),))
     lines = [*dict.fromkeys([*LINES.get(figure, {}).values(), *(run.line for run in shown)])]
-    longest, classes = max(run.iterations for run in shown), {run.classes for run in shown} - {None}
+    longest, classes = max(run.iterations for run in shown), {run.classes for run in shown} - {None, 0, 1}
     picture, axes = plt.subplots(len(rows), 2, figsize=(11, 1 + 3.1 * len(rows)), layout="constrained", squeeze=False)
     for (part, smooth), pair in zip(rows, axes, strict=True):
         for run in shown:

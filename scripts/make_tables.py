@@ -8,7 +8,6 @@ without published numbers.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from experiments.engine.records import (
     assigned,
     by_initialization,
     by_protocol,
+    classes_in,
     make_files,
     no_record,
     one_of_each_seed,
@@ -523,8 +523,7 @@ def flat_epochs(row: pd.Series) -> float:
     """Epochs after which the loss of a run of imagenet.py has left the flat part; NaN where it never does."""
     path = Path(row["path"]).with_name("curve.csv")
     try:
-        classes = int(re.search(r"(\d+) classes", row["data"])[1])
-        left = leaves_flat_part(pd.read_csv(path), constant_loss("softmax", classes))
+        left = leaves_flat_part(pd.read_csv(path), constant_loss("softmax", classes_in(row["data"])))
         return float("nan") if left is None else left / row["record"]["epoch"]
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OSError) as error:
         raise no_record(path, repr(error)) from error

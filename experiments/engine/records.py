@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -256,6 +257,12 @@ def read_curve(path: Path) -> pd.DataFrame:
     if curve.empty or not np.isfinite(curve["step"]).all() or (curve["step"].diff() <= 0).any():
         raise ValueError(f"{path}: steps should be numbers that grow")
     return curve
+
+
+def classes_in(data: str) -> int | None:
+    """How many classes the images have, as the `data` of a record states it; None where it does not."""
+    stated = re.search(r"(\d+) classes", data)
+    return int(stated[1]) if stated else None
 
 
 def make_files(
