@@ -207,7 +207,7 @@ def losses(first: pd.DataFrame, second: pd.DataFrame) -> str:
     """The training loss of both at steps that both have, the mean over seeds."""
     curves = []
     for side in (first, second):
-        found = [read_curve(Path(row["path"]).with_name(row["record"]["curve"])) for _, row in side.iterrows()]
+        found = [read_curve(row) for _, row in side.iterrows()]
         curves.append(pd.concat([curve.set_index("step")["loss"] for curve in found], axis=1).mean(axis=1))
     both = pd.concat(curves, axis=1, join="inner")
     if both.empty:

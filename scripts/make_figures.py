@@ -111,10 +111,7 @@ def draw_voc(title: str, block: pd.DataFrame) -> bytes:
     lines, ends = sorted(set(block["init"])), []
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     for _, row in block.iterrows():
-        try:
-            curve = read_curve(Path(row["path"]).with_name(row["record"]["curve"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise no_record(row["path"], error if isinstance(error, ValueError) else repr(error)) from error
+        curve = read_curve(row)
         number = lines.index(row["init"])
         text = {"label": f"{row['init']}, n={(block['init'] == row['init']).sum()}".lstrip("_")}
         smooth = curve["loss"].rolling(max(1, len(curve) // SMOOTH), min_periods=1).mean()
@@ -166,16 +163,14 @@ def line(row: pd.Series, figure: str | None, names: Sequence[str]) -> str:
 
 def read_run(row: pd.Series) -> Run:
     """The run of a record, with the curves beside it."""
-    path, record = Path(row["path"]), row["record"]
     try:
-        epoch = record["epoch"]
+        epoch = row["record"]["epoch"]
         if isinstance(epoch, bool) or not isinstance(epoch, int | float) or not 0 < epoch < float("inf"):
             raise ValueError(f"epoch={epoch} is no number of iterations")
-        curves = [read_curve(path.with_name(record[name])) for name in ("curve", "validation")]
-        classes = classes_in(row["data"])
-        return Run(row["line"], classes, row["config"]["train"]["iterations"], epoch, *curves)
-    except (KeyError, TypeError, ValueError) as error:
-        raise no_record(path, error if isinstance(error, ValueError) else repr(error)) from error
+    except (KeyError, ValueError) as error:
+        raise no_record(row["path"], error if isinstance(error, ValueError) else repr(error)) from error
+    curves = [read_curve(row, name) for name in ("curve", "validation")]
+    return Run(row["line"], classes_in(row["data"]), row["config"]["train"]["iterations"], epoch, *curves)
 
 
 def draw(figure: str | None, shown: list[Run]) -> bytes:

@@ -156,7 +156,7 @@ def curves(block: pd.DataFrame, title: str) -> str:
     with mpl.rc_context(options | {"axes.edgecolor": INK, "axes.labelcolor": INK}):
         figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
         for number, (_, row) in enumerate(block.iterrows()):
-            curve = read_curve(Path(row["path"]).with_name(row["record"]["curve"]))
+            curve = read_curve(row)
             size = max(1, -(-len(curve) // POINTS))
             curve = curve.groupby(curve.index // size).agg({"step": "last", "loss": "mean"})
             line = names.index(row["init"])

@@ -26,6 +26,7 @@ from experiments.engine.records import (
     make_files,
     no_record,
     one_of_each_seed,
+    read_curve,
     read_records,
     unusual,
 )
@@ -46,6 +47,7 @@ ORIGIN = ("data", "device", "versions", "commit")
 NETWORKS = {"GoogLeNet": "experiments.networks.GoogLeNet", "VGG-16": "experiments.networks.VGG16"}  # of section 4.4
 TARGET, OPTIMIZER, BATCH_NORM = "config.model._target_", "config.optimizer.name", "config.model.batch_norm"
 RATE = "config.optimizer.lr"
+MEASURED = ["map_step", "map_step_std", "n"]
 SCALINGS = {"none": "no scaling", "within": "Within-layer", "between": "Between-layer", "both": "Both"}
 
 NOISE = """\
@@ -61,7 +63,8 @@ Written by `python scripts/make_tables.py` from the records in `results/runs/`: 
 Mean average precision of CaffeNet on the test set in percent, step AP, ± the standard deviation over seeds and with
 their number where there are several; in brackets what the paper publishes (Krähenbühl et al., 2016), at the scale of
 the preset `paper`. It states neither the learning rate of Adam nor where the normalizations stand. A dash has not been
-measured.
+measured. An asterisk: below the best of its column beyond noise, as the 95 % interval of Welch's t over seeds does not
+hold a difference of 0; one seed tells nothing apart.
 """
 
 TABLE2 = (
@@ -324,19 +327,28 @@ def table1(records: pd.DataFrame, paper: Path) -> dict[str, str]:
         own = (records[OPTIMIZER] == optimizer) & (records[BATCH_NORM] == str(batch_norm))
         chosen = records[own & records["init"].isin(cells["init"])]
         for protocol, block in by_protocol(chosen, [OPTIMIZER, BATCH_NORM]).items() if len(chosen) else ():
-            means = average(block)[["map_step", "map_step_std", "n"]]
-            blocks.setdefault(protocol, []).append(cells.join(means, on="init", how="inner"))
+            ran = cells.join(average(block)[MEASURED], on="init", how="inner")
+            below = [below_best(column, block) for _, column in ran.groupby("filters")]
+            blocks.setdefault(protocol, []).append(ran.assign(below_best=pd.concat(below)))
             if [name for name in unusual(block) if name not in (OPTIMIZER, BATCH_NORM)]:
                 elsewhere.add(protocol)
     texts, parts = [], []
     for protocol, found in (blocks or {"paper": []}).items():
-        measured = pd.concat(found)[["map_step", "map_step_std", "n"]] if found else None
+        measured = pd.concat(found)[[*MEASURED, "below_best"]] if found else None
         table = published if measured is None else published.join(measured)
         if protocol in elsewhere:
             table = table.assign(classification=float("nan"))
         texts.append(f"## Preset {protocol}\n\n{table1_markdown(table, columns)}")
         parts.append(table.assign(preset=protocol))
     return files("table1", TABLE1, texts, pd.concat(parts).drop(columns="source"))
+
+
+def below_best(cells: pd.DataFrame, block: pd.DataFrame) -> pd.Series:
+    """Which cells of a column are below its best one beyond noise; `block` has their records."""
+    values = {init: [*runs["map_step"]] for init, runs in block.groupby("init")}
+    best = values[cells.loc[cells["map_step"].idxmax(), "init"]]
+    intervals = [welch(best, values[init]) for init in cells["init"]]
+    return pd.Series([bool(interval and interval[0] > 0) for interval in intervals], cells.index)
 
 
 def table1_markdown(table: pd.DataFrame, columns: list[str]) -> str:
@@ -356,7 +368,7 @@ def table1_cell(cell: pd.Series) -> str:
     if pd.isna(cell.get("map_step")):
         return f"-{published}"
     several = f" ± {cell['map_step_std']:.1f}, n={cell['n']}" if cell["n"] > 1 else ""
-    return f"{cell['map_step']:.1f}{several}{published}"
+    return f"{cell['map_step']:.1f}{several}{'*' * bool(cell['below_best'])}{published}"
 
 
 def table2(records: pd.DataFrame, paper: Path) -> dict[str, str]:
@@ -521,12 +533,12 @@ def flat_part(paths: Sequence[Path]) -> dict[str, str]:
 
 def flat_epochs(row: pd.Series) -> float:
     """Epochs after which the loss of a run of imagenet.py has left the flat part; NaN where it never does."""
-    path = Path(row["path"]).with_name("curve.csv")
+    curve = read_curve(row)
     try:
-        left = leaves_flat_part(pd.read_csv(path), constant_loss("softmax", classes_in(row["data"])))
+        left = leaves_flat_part(curve, constant_loss("softmax", classes_in(row["data"])))
         return float("nan") if left is None else left / row["record"]["epoch"]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OSError) as error:
-        raise no_record(path, repr(error)) from error
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise no_record(row["path"], repr(error)) from error
 
 
 def comparison(

@@ -248,14 +248,20 @@ def _in_time(column: pd.Series) -> pd.Series:
     return pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce") if column.name == "created" else column
 
 
-def read_curve(path: Path) -> pd.DataFrame:
-    """The columns `step`, which grows, and `loss` of a curve."""
+def read_curve(row: Mapping, name: str = "curve") -> pd.DataFrame:
+    """The columns `step`, which grows, and `loss` of the file that the record of a row names so, beside it.
+
+    Raises:
+        ValueError: the record names none, or the file cannot be used.
+    """
+    path = Path(row["path"])
     try:
+        path = path.with_name(row["record"][name])
         curve = pd.read_csv(path)[["step", "loss"]].astype(float)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise no_record(path, repr(error)) from error
     if curve.empty or not np.isfinite(curve["step"]).all() or (curve["step"].diff() <= 0).any():
-        raise ValueError(f"{path}: steps should be numbers that grow")
+        raise no_record(path, "steps should be numbers that grow")
     return curve
 
 

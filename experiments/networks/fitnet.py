@@ -58,13 +58,13 @@ class FitNet4(nn.Sequential):
         layers["drop4"] = nn.Dropout(dropout)
         layers["fc5"] = nn.Linear(fc, num_outputs)
         super().__init__(layers)
-        self.input_size, self.activation = input_size, activation
+        self.input_size, self.published = input_size, {"channels": channels, "activation": activation}
 
     @property
     def std_factors(self) -> dict[str, float]:
         """What fixed standard deviations are multiplied by, for each layer; see `narrow`."""
         with torch.device("meta"):
-            return std_factors(self, FitNet4(activation=self.activation))
+            return std_factors(self, FitNet4(**self.published))
 
 
 class MNISTFitNet(nn.Sequential):

@@ -61,13 +61,13 @@ class ResNet(nn.Sequential):
         layers["fc"] = nn.Linear(inputs, num_outputs)
         super().__init__(layers)
         self.input_size = input_size
-        self.options = {"channels": channels, "depth": depth, "batch_norm": batch_norm}
+        self.published = {"channels": channels, "depth": depth, "batch_norm": batch_norm}
 
     @property
     def std_factors(self) -> dict[str, float]:
         """What fixed standard deviations are multiplied by, for each layer; see `narrow`."""
         with torch.device("meta"):
-            return std_factors(self, ResNet(**self.options))
+            return std_factors(self, ResNet(**self.published))
 
 
 class Block(nn.Module):

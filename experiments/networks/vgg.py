@@ -47,6 +47,7 @@ class VGG(nn.Sequential):
         configuration: str = "D",
         channels: int = 3,
     ):
+        published = {"configuration": configuration, "channels": channels}
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         side = input_size
         for block, (full, convolutions) in enumerate(zip(CHANNELS, CONFIGURATIONS[configuration], strict=True), 1):
@@ -67,13 +68,13 @@ class VGG(nn.Sequential):
             inputs = fc
         layers["fc8"] = nn.Linear(fc, num_outputs)
         super().__init__(layers)
-        self.input_size, self.configuration = input_size, configuration
+        self.input_size, self.published = input_size, published
 
     @property
     def std_factors(self) -> dict[str, float]:
         """What fixed standard deviations are multiplied by, for each layer; see `narrow`."""
         with torch.device("meta"):
-            return std_factors(self, VGG(configuration=self.configuration))
+            return std_factors(self, VGG(**self.published))
 
 
 class VGG16(VGG):

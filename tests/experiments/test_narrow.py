@@ -11,7 +11,7 @@ from detection import FastRCNN
 from experiments.data.images import ImageCache, crop, whole
 from experiments.data.voc import read_split
 from experiments.engine.initialization import set_weights
-from experiments.networks import VGG16, CaffeNet, GoogLeNet
+from experiments.networks import VGG16, CaffeNet, FitNet4, GoogLeNet, MNISTFitNet, ResNet
 
 MINI = {"input_size": 115, "width": 0.5, "fc": 512}
 INITS = {
@@ -31,6 +31,11 @@ def test_nothing_changes_at_the_published_width(network):
             assert len(factors) == sum(isinstance(m, nn.Conv2d | nn.Linear) for m in network(outputs).modules())
         assert set(CaffeNet(groups=False).std_factors.values()) == {1.0}
         assert set(GoogLeNet(auxiliary=True).std_factors.values()) == {1.0}
+
+
+@pytest.mark.parametrize("network", [VGG16, FitNet4, MNISTFitNet, ResNet])
+def test_grey_images_make_no_network_narrower(network):
+    assert set(network(10, channels=1).std_factors.values()) == {1.0}
 
 
 def test_the_factors_of_the_mini_network():

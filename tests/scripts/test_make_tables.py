@@ -320,6 +320,23 @@ def test_table1_has_a_column_for_each_optimizer_and_kind_of_filters(runs, tmp_pa
     assert "| - |" in make(tmp_path / "nothing")["table1.md"]
 
 
+def test_table1_marks_what_is_below_the_best_of_its_column_beyond_noise(runs):
+    folder, add = runs
+    between = {"name": "kmeans", "method": "initialize", "within": False, "between": True}
+    within = between | {"within": True, "between": False}
+    for seed, (best, close, far) in enumerate([(0.24, 0.23, 0.10), (0.25, 0.26, 0.11), (0.29, 0.27, 0.12)]):
+        add(f"k{seed}", seed=seed, config__seed=seed, metrics__map_step=best)
+        add(f"b{seed}", seed=seed, config__seed=seed, metrics__map_step=close, config__init=between)
+        add(f"w{seed}", seed=seed, config__seed=seed, metrics__map_step=far, config__init=within)
+    adam = {"name": "adam", "lr": 1e-4}
+    add("adam", config__optimizer=adam, metrics__map_step=0.3)
+    add("adam-within", config__optimizer=adam, config__init=within, metrics__map_step=0.1)
+    text = make(folder)["table1.md"]
+    assert "| 11.0 ± 1.0, n=3* (41.2) |" in text  # within alone
+    assert "| 25.3 ± 2.1, n=3 (55.7) |" in text  # between alone
+    assert text.count("*") == 1  # one seed tells nothing apart
+
+
 def test_what_was_not_measured_is_an_empty_cell_in_the_papers_order(runs, tmp_path):
     folder, add = runs
     add("kmeans")
