@@ -113,6 +113,7 @@ RULES: dict[str, Any] = {
     "train.batch_size": Count,
     "train.accumulate": Count,
     "train.precision": Literal["float32", "bfloat16"],
+    "train.graph": bool,
     "train.lr_policy": Literal["step", "multistep", "poly"],
     "train.lr_power": Positive,
     "train.lr_every": Count,

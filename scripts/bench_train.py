@@ -1,7 +1,7 @@
 """Time a training step of the trainer against the bare forward, backward and SGD step on fixed tensors; in one run.
 
     python scripts/bench_train.py                    # real images: set VOC_ROOT, or have data/VOCdevkit
-    python scripts/bench_train.py proposals=FILE     # of detection, as for experiments/voc_det.py
+    python scripts/bench_train.py proposals=FILE     # of detection, and other settings of the experiments
 
 Networks and batches of classification and detection are those of preset=mini. Writes results/bench/train.json; what
 counts is the ratio.
@@ -33,18 +33,21 @@ from experiments.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "bench" / "train.json"
+STEPS = {"classification": 1_000, "detection": 300}
 FIXED = 50  # batches that the bare steps repeat
 
 
 def main() -> None:
+    words = ["preset=mini", *sys.argv[1:]]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cls = compose("voc_cls", overrides=["preset=mini", "train.iterations=1_000"])
-        det = compose("voc_det", overrides=["preset=mini", "train.iterations=300", *sys.argv[1:]])
+        shared = [word for word in words if not word.startswith("proposals=")]
+        cls = compose("voc_cls", overrides=[*shared, f"train.iterations={STEPS['classification']}"])
+        det = compose("voc_det", overrides=[*words, f"train.iterations={STEPS['detection']}"])
     split, cache = open_split(cls.data, "train", "cpu")
     batches = CropBatches(cache, split.labels, batch_size=cls.train.batch_size, seed=0, mean=cls.data.mean, **cls.crop)
     step = {"classification": bench("classification", cls, instantiate(cls.model), multilabel_loss, batches)}
 
-    objects = objects_of(det, split)
+    objects = objects_of(det, split, cache)
     proposals, _ = proposals_of(det, "train", split, cache, objects)
     rois = detection.make_rois(proposals, [(found.boxes, found.classes) for found in objects])
     statistics_of = rois.target_statistics(len(CLASSES))

@@ -1,5 +1,6 @@
 """The losses of the experiments."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,7 +38,8 @@ def hinge_loss(outputs: Tensor, labels: Tensor) -> Tensor:
         outputs: scores s, float (B, classes).
         labels: int64 (B,); t is 1 for the class of the label and -1 for the others.
     """
-    target = 2.0 * F.one_hot(labels, outputs.shape[1]) - 1
+    classes = torch.arange(outputs.shape[1], device=outputs.device)
+    target = 2.0 * (labels[:, None] == classes) - 1
     return (1 - target * outputs).clamp(min=0).sum() / len(outputs)
 
 

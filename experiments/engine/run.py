@@ -52,6 +52,7 @@ NOT_IDENTITY = (
     "data.cache",
     "train.checkpoint_seconds",
     "train.accumulate",
+    "train.graph",
     "evaluate.batch_size",
     "workers",
 )

@@ -5,7 +5,6 @@ train(model, loss, batches, optimizer, iterations=80_000, lr_at=lr_at, clip_norm
 scores = predict(model, test_cache, crops=10, seed=0, mean=(104, 117, 123), size=227)
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +24,12 @@ from experiments.data.draws import seeded
 from experiments.data.images import Crops, ImageCache, crop, random_crops
 from experiments.engine import distributed, run
 from experiments.engine.optim import lr_policy, make_optimizer, set_lr
+from experiments.engine.step import PRECISIONS, Step, make_step
 from experiments.progress import pace
 
 CURVE_HEADER = "step,loss,lr,seconds"
 VALIDATION_HEADER = "step,loss,top1,top5"
 CUT_AT_ONCE = 16  # batches whose crops a GPU cuts together: a third of a small step is starting kernels
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class CropBatches:
@@ -112,6 +111,7 @@ def train_as(
         log_every=cfg.train.log_every,
         checkpoint_seconds=cfg.train.checkpoint_seconds,
         settings=run.settings_of(cfg),
+        graph=cfg.train.graph,
         tensorboard=cfg.tensorboard,
         **options,
     )
@@ -131,6 +131,7 @@ def train(
     checkpoint_seconds: float = 60,
     accumulate: int = 1,
     precision: str = "float32",
+    graph: bool = False,
     validate: Callable[[], tuple[float, float, float]] | None = None,
     validate_every: int = 0,
     settings: Mapping = MappingProxyType({}),
@@ -157,6 +158,7 @@ def train(
         clip_norm: gradients of a larger global L2 norm are scaled down to it, before weight decay (Caffe); None: never.
         accumulate: iteration i takes the mean gradient of so many batches, `batches(i * accumulate)` and those after.
         precision: "float32", or "bfloat16" for what torch.autocast computes in it.
+        graph: take steps as CUDA graphs, see `RecordedStep`.
         validate: -> loss, top-1 and top-5 accuracy, a row of `validation.csv`; in evaluation mode.
         validate_every: iterations.
         settings: of the run; its checkpoints name them, and those of other settings are refused.
@@ -174,8 +176,7 @@ def train(
         raise ValueError(
             f"train.precision={precision}, train.accumulate={accumulate}: choose float32 or bfloat16, and at least 1"
         )
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = parameters[0].device
+    device = next(parameter.device for parameter in model.parameters() if parameter.requires_grad)
     if device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # the layout oneDNN computes in: a third faster
     start, seconds = _restore(folder, model, optimizer, dict(settings))
@@ -189,26 +190,20 @@ def train(
     network = model
     if distributed.size() > 1:
         network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=PRECISIONS[precision] is not None)
-    total = torch.zeros((), device=device)  # of the losses since the last row; read there, to let the GPU run on
+    step = Step(network, loss, optimizer, clip_norm=clip_norm, precision=precision)
+    take = make_step(step, graph)
     model.train()
     with _bar("train", iterations, "step", start) as bar:
-        for step in range(start, iterations):
-            lr = lr_at(step)
+        for done in range(start + 1, iterations + 1):
+            lr = lr_at(done - 1)
             set_lr(optimizer, lr)
-            optimizer.zero_grad()
-            numbers = range(step * accumulate, (step + 1) * accumulate)
-            _accumulate(network, loss, batches, numbers, autocast, total)
-            if clip_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, clip_norm)
-            optimizer.step()
+            take([batches(number) for number in range((done - 1) * accumulate, done * accumulate)])
             bar.update()
 
-            done = step + 1
             if validate is not None and done % validate_every == 0:
                 _validate(model, validate, folder, done)
             if done % log_every == 0 or done == iterations:
-                mean = _mean(total, step % log_every + 1, done, lr)
+                mean = _mean(step.total, (done - 1) % log_every + 1, done, lr)
                 journal.row(done, mean, lr)
                 bar.set_postfix(loss=f"{mean:.4f}", lr=f"{lr:.2g}", refresh=False)
     return time.perf_counter() - journal.began
@@ -252,30 +247,6 @@ class _Journal:
                 raise _diverged("a weight is NaN or infinite", done, lr)
             _save(self.folder, self.model, self.optimizer, self.settings, done, now - self.began)
             self.saved = time.perf_counter()
-
-
-def _accumulate(
-    network: nn.Module,
-    loss: Callable,
-    batches: Callable[[int], tuple],
-    numbers: range,
-    autocast: torch.autocast,
-    total: Tensor,
-) -> None:
-    """Add the mean gradient of the batches of these numbers to the parameters' gradients, and the mean loss to `total`.
-
-    Processes exchange their gradients once, with those of the last batch.
-    """
-    for number in numbers:
-        inputs, targets = batches(number)
-        last = not isinstance(network, DistributedDataParallel) or number == numbers[-1]
-        with contextlib.nullcontext() if last else network.no_sync():
-            with autocast:
-                output = network(*inputs) if isinstance(inputs, tuple) else network(inputs)
-                value = loss(output, targets)
-            value, shown = value if isinstance(value, tuple) else (value, value)
-            (value / len(numbers)).backward()
-        total += shown.detach() / len(numbers)
 
 
 def _validate(model: nn.Module, validate: Callable[[], tuple[float, float, float]], folder: Path, done: int) -> None:

@@ -407,7 +407,8 @@ def test_other_tables_records_are_left_alone(runs, tmp_path):
     folder, add = runs
     add("adam", config__optimizer={"name": "adam"})
     add("bn", config__model__batch_norm=True)
-    path = add("imagenet", experiment="imagenet", metrics={"top1": 0.5, "top5": 0.8}, data="d, 9 classes", epoch=4.0)
+    about = {"metrics": {"top1": 0.5, "top5": 0.8}, "data": "d, 9 classes", "epoch": 4.0, "curve": "curve.csv"}
+    path = add("imagenet", experiment="imagenet", **about)
     path.with_name("curve.csv").write_text("step,loss\n1,2.0\n")
     assert csv_rows(folder, tmp_path)["map_step"].isna().all()
 

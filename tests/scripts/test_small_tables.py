@@ -24,6 +24,7 @@ def add(tmp_path):
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = compose(command, list(overrides))
         record = {"experiment": command, "preset": config.preset, "seed": config.seed, "epoch": 100.0}
+        record |= {"curve": "curve.csv"}
         record |= {"device": "a CPU", "versions": {"torch": "2"}, "git_commit": "f" * 40, "git_dirty": False}
         record |= {"config": OmegaConf.to_container(config, resolve=True), **content}
         folder = tmp_path / "runs" / name

@@ -1,0 +1,60 @@
+"""The benchmarks run: each in seconds, on generated images, with numbers that mean nothing."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from detection.proposals import CORNERS
+from experiments.data.demo import make_demo_folders
+from experiments.data.voc import read_split
+from scripts import bench_data, bench_init, bench_train
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, demo):
+    """Run a benchmark with some of its numbers made small; gives the record that it writes."""
+
+    def go(module, *words, **numbers):
+        monkeypatch.setenv("VOC_ROOT", str(demo / "set"))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["bench", *words])
+        for name, value in {**numbers, "OUT": tmp_path / "out" / "bench.json"}.items():
+            monkeypatch.setattr(module, name, value)
+        module.main()
+        return json.loads((tmp_path / "out" / "bench.json").read_text())
+
+    return go
+
+
+def test_training(bench, demo, tmp_path):
+    ids = read_split(demo / "set", "train").ids
+    corners = np.stack([np.arange(0, 40, 2), np.arange(0, 20), np.arange(50, 90, 2), np.arange(40, 60)])
+    proposals = {name: np.tile(corner, len(ids)) for name, corner in zip(CORNERS, corners, strict=True)}
+    offsets = 20 * np.arange(len(ids) + 1)
+    np.savez(tmp_path / "proposals.npz", ids=np.array(ids), offsets=offsets, **proposals)
+    words = (f"data.cache={demo / 'cache'}", f"proposals={tmp_path / 'proposals.npz'}")
+    record = bench(bench_train, *words, STEPS={"classification": 2, "detection": 1}, FIXED=2)
+    assert record["ratios"].keys() == {
+        "classification: training step / bare step",
+        "detection: training step / bare step",
+    }
+    assert all(ratio > 0 for ratio in record["ratios"].values())
+
+
+@pytest.mark.slow
+def test_data(bench, tmp_path):
+    make_demo_folders(tmp_path / "set")
+    words = (f"data.root={tmp_path / 'set'}", "data.cache=cache", "workers=1", "train.batch_size=4")
+    record = bench(bench_data, *words, BATCHES={"mini": 2, "paper": 1}, REPEATS=1, STEPS=2)
+    assert len(record["ratios"]) == 4
+    assert 0 < record["ratios"]["mini: share of the training time spent waiting for data"] < 1
+
+
+@pytest.mark.slow
+def test_initialization(bench):
+    pytest.importorskip("lsuv")
+    small = {"IMAGES": 4, "DEPTHS": (1, 2), "STACK_IMAGES": 2, "STACK_CHANNELS": 4, "LSUV_IMAGES": 2}
+    record = bench(bench_init, **small, MEMORY_IMAGES=(1, 2))
+    assert len(record["ratios"]) == 9
