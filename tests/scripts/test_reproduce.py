@@ -154,7 +154,7 @@ def test_all_of_it_at_demo_scale(call, tmp_path):
     done = call("all", "preset=demo")
     assert done.returncode == 0, done.stderr[-3000:]
     made = {record["experiment"] for record in records(tmp_path)}
-    assert made == {"voc_cls", "voc_det", "imagenet"}
+    assert made == {"voc_cls", "voc_det", "imagenet", "small_images", "depth"}
     for name in ("change_rate/figure1.png", "neighbors/figure2.jpg", "figures/figure3-demo.png", "tables/table1.md"):
         assert (tmp_path / "outputs" / name).is_file(), name
     print(f"{time.monotonic() - began:.0f} s")
