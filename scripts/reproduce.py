@@ -50,8 +50,9 @@ RESULTS = {
 DEMO = {
     "voc_cls": ["train.iterations=50", "train.log_every=10", "evaluate.crops=1", "rates.images=20"],
     "voc_det": ["train.iterations=20", "train.log_every=10"],
-    "detection": ["init=caffe,kmeans"],
-    "imagenet": ["train.iterations=40", "train.log_every=10"],
+    "detection": ["init=caffe,kmeans", "optimizer.lr=0.002"],
+    "imagenet": ["train.iterations=40", "train.log_every=10", "train.validate_every=20"],
+    "lsuv_imagenet": ["optimizer.lr=0.001"],  # with .01 so small a network diverges
     "small_images": ["train.iterations=20", "init=lsuv,he"],
     "lsuv_mnist": ["seed=0"],
     "depth": ["train.iterations=10", "network.activation=relu"],

@@ -251,6 +251,8 @@ def _in_time(column: pd.Series) -> pd.Series:
 def read_curve(row: Mapping, name: str = "curve") -> pd.DataFrame:
     """The columns `step`, which grows, and `loss` of the file that the record of a row names so, beside it.
 
+    That of the validation has no rows where the run was shorter than the time between two of them.
+
     Raises:
         ValueError: the record names none, or the file cannot be used.
     """
@@ -260,7 +262,8 @@ def read_curve(row: Mapping, name: str = "curve") -> pd.DataFrame:
         curve = pd.read_csv(path)[["step", "loss"]].astype(float)
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise no_record(path, repr(error)) from error
-    if curve.empty or not np.isfinite(curve["step"]).all() or (curve["step"].diff() <= 0).any():
+    lacking = curve.empty and name == "curve"
+    if lacking or not np.isfinite(curve["step"]).all() or (curve["step"].diff() <= 0).any():
         raise no_record(path, "steps should be numbers that grow")
     return curve
 

@@ -166,6 +166,15 @@ def test_the_newest_record_of_a_seed_is_drawn(tmp_path, drawn, capsys):
     assert "the same run more than once" in capsys.readouterr().err
 
 
+def test_a_run_that_ended_before_its_first_validation_is_drawn(tmp_path, drawn):
+    write(tmp_path, "a", "init=pca", steps=5)
+    write(tmp_path, "b", "init=kmeans", steps=5)
+    make(tmp_path)
+    training, validation = drawn[0].axes[-2:]
+    assert [len(line.get_xdata()) for line in training.get_lines()] == [5, 5]
+    assert [len(line.get_xdata()) for line in validation.get_lines()] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
