@@ -1,4 +1,4 @@
-"""The benchmarks run: each in seconds, on generated images, with numbers that mean nothing."""
+"""The benchmarks of training run: in seconds, on generated images, with numbers that mean nothing."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import pytest
 from detection.proposals import CORNERS
 from experiments.data.demo import make_demo_folders
 from experiments.data.voc import read_split
-from scripts import bench_data, bench_init, bench_train
+from scripts import bench_data, bench_train
 
 
 @pytest.fixture
@@ -50,11 +50,3 @@ def test_data(bench, tmp_path):
     record = bench(bench_data, *words, BATCHES={"mini": 2, "paper": 1}, REPEATS=1, STEPS=2)
     assert len(record["ratios"]) == 4
     assert 0 < record["ratios"]["mini: share of the training time spent waiting for data"] < 1
-
-
-@pytest.mark.slow
-def test_initialization(bench):
-    pytest.importorskip("lsuv")
-    small = {"IMAGES": 4, "DEPTHS": (1, 2), "STACK_IMAGES": 2, "STACK_CHANNELS": 4, "LSUV_IMAGES": 2}
-    record = bench(bench_init, **small, MEMORY_IMAGES=(1, 2))
-    assert len(record["ratios"]) == 9
