@@ -172,7 +172,7 @@ def draw(
         title = f"{line}\n{100 * share[line]:.0f} % show a class of the query"
         axes[0, 2 + group * (count + 1)].set_title(title, fontsize=11, loc="left")
     text = f"{len(queries)} queries with {count} neighbours each; of images at random {100 * chance:.0f} %"
-    figure.suptitle(text, fontsize=11, x=0.005, ha="left")
+    figure.suptitle(text, fontsize=11, x=0.005, y=1 - 0.1 / size[1], ha="left", va="top")  # inches, for any height
     return encoded(figure, "jpg", dpi=100)
 
 
