@@ -147,25 +147,51 @@ def one_decimal(value: float, deviation: float | None = None) -> str:
     return f"{value:.1f}" + ("" if pd.isna(deviation) else f" ± {deviation:.1f}")
 
 
-def test_other_learning_rates_are_those_of_the_records():
-    block = RESULTS.partition("**Not the learning rate.**")[2].partition("\n**")[0]
-    rates = [float(rate) for rate in re.search(r"^\| \|(.*)\|$", block, re.M)[1].split("|")]
+COLUMNS = {"as it is": (0.001, 10), "rate .0003": (0.0003, 10), "rate .003": (0.003, 10), "no clipping": (0.001, None)}
+
+
+def of_the_mini_network():
+    """The records of seed 0 at the length of preset=mini, those of results/causes among them."""
+    folders = [*(ROOT / "results/causes").glob("mini-*"), *(ROOT / "results/runs/voc_cls").glob("mini-*-seed0-*")]
+    records = [json.loads((folder / "record.json").read_text()) for folder in folders]
+    return [record for record in records if (record["config"]["train"]["iterations"]) == 20_000]
+
+
+def test_what_was_taken_apart_is_that_of_the_records():
+    block = RESULTS.partition("**Taken apart.**")[2].partition("\n**")[0]
+    settings = [COLUMNS[name.strip()] for name in re.search(r"^\| \|(.*)\|$", block, re.M)[1].split("|")]
+    rows = re.findall(r"^\| `init=(.+?)` \|(.*)\|$", block, re.M)
     stated = {
-        (init, rate): cell.strip()
-        for init, cells in re.findall(r"^\| `init=(\w+)` \|(.*)\|$", block, re.M)
-        for rate, cell in zip(rates, cells.split("|"), strict=True)
+        (init, *setting): cell.strip()
+        for init, cells in rows
+        for setting, cell in zip(settings, cells.split("|"), strict=True)
         if cell.strip()
     }
     expected = {}
-    protocol = {"iterations": 20_000, "batch_size": 10}
-    folders = [*(ROOT / "results/causes").glob("*"), *(ROOT / "results/runs/voc_cls").glob("mini-*-seed0-*")]
-    for folder in folders:
-        record = json.loads((folder / "record.json").read_text())
+    for record in of_the_mini_network():
         config = record["config"]
-        key = (init_key(config["init"]), config["optimizer"]["lr"])
-        if protocol.items() <= config["train"].items() and key[0] in {init for init, _ in stated}:
+        key = (init_key(config["init"]), config["optimizer"]["lr"], config["train"]["clip_norm"])
+        if key[0] in dict(rows):
             expected[key] = one_decimal(100 * record["metrics"]["map_step"])
     assert stated == expected
+
+
+def test_filters_of_two_kinds_are_those_of_the_records():
+    block = " ".join(RESULTS.partition("**Taken apart.**")[2].partition("\n**")[0].split())
+    first, rest = re.search(r"([\d.]+) with PCA in the first layer alone, ([\d.]+) with PCA in all", block).groups()
+    mixed = {
+        record["config"]["init"]["first"]: one_decimal(100 * record["metrics"]["map_step"])
+        for record in of_the_mini_network()
+        if record["config"]["init"]["name"] == "layers"
+    }
+    assert mixed == {"pca": first, "gaussian": rest}
+    (rates,) = (
+        record["change_rate"]["mean"]
+        for record in of_the_mini_network()
+        if (init_key(record["config"]["init"]), record["config"]["optimizer"]["lr"])
+        == ("gaussian init.between=false", 0.0003)
+    )
+    assert f"{rates['conv1'] / rates['conv2']:,.0f}"[:3] + "00" in block
 
 
 def test_first_losses_are_those_of_the_records():
