@@ -191,7 +191,7 @@ def test_filters_of_two_kinds_are_those_of_the_records():
         if (init_key(record["config"]["init"]), record["config"]["optimizer"]["lr"])
         == ("gaussian init.between=false", 0.0003)
     )
-    assert f"{rates['conv1'] / rates['conv2']:,.0f}"[:3] + "00" in block
+    assert f"{round(rates['conv1'] / rates['conv2'], -2):,.0f} times" in block
 
 
 def test_first_losses_are_those_of_the_records():
