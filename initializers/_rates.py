@@ -1,8 +1,10 @@
 """Change rates: how fast each layer learns, relative to the size of its weights (equations 1 to 3)."""
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ RATE_DRAWS = 4  # top gradients for each image, where a step is exact and need n
 IMAGES_AT_A_TIME = 16  # bounds the activations kept for the backward pass
 FAINT = 1e-5  # of the largest rate: one below may be of gradients that are rounding
 LINEAR = 0.1  # relative difference up to which a gradient is linear in the top gradient
+
+Use = tuple[Call, Tensor, Tensor]  # of a layer, with its input and the gradient of its output
 
 
 @dataclass(frozen=True)
@@ -148,17 +152,18 @@ def measure(
         part = slice(first, first + batch)
         images = len(inputs[0][part])
         with without_memory(layers.model):
-            calls, top = _with_graph(layers, tuple(x[part] for x in inputs), before if first == 0 else None)
-            used |= {call.layer.name: call.layer for call, *_ in calls}
+            gradients, top = _with_graph(layers, tuple(x[part] for x in inputs), before if first == 0 else None)
+            used |= gradients.layers
             together = [[output] for output in top] if apart else [top]
             together = [[output for output in group if output.requires_grad] for group in together]  # of weights
             for draw in range(draws):
                 for number, group in enumerate(together):
                     noise = [eta[part].to(top[0])] if eta is not None else [_like(each, generator) for each in group]
                     last = (draw, number) == (draws - 1, len(together) - 1)
-                    for name, uses in _gradients(group, noise, calls, keep=not last).items():
-                        found = _column_squares(used[name], uses, images) / (count * draws)
-                        squares.setdefault(name, found.new_zeros(len(together), *found.shape))[number] += found
+                    square = partial(_column_squares, images=images)
+                    for name, found in gradients.take(group, noise, square, keep=not last).items():
+                        totals = squares.setdefault(name, found.new_zeros(len(together), *found.shape))
+                        totals[number] += found / (count * draws)
             tops.append(_rows(top))
     weights = {name: _mean_squares(layer) for name, layer in used.items()}
     width = max(top.shape[1] for top in tops)
@@ -216,18 +221,17 @@ def _rounding(layers: Layers, inputs: tuple[Tensor, ...], names: list[str], seed
     batch = IMAGES_AT_A_TIME if layers.per_image else 1
     found: list[dict[str, Tensor]] = []
     with without_memory(layers.model):
-        calls, top = _with_graph(layers, tuple(x[:batch] for x in inputs), None)
+        gradients, top = _with_graph(layers, tuple(x[:batch] for x in inputs))
         top = [output for output in top if output.requires_grad]
         noise = [_like(output, generator) for output in top]
         for factor in (1, 3):
-            gradients = _gradients(top, [factor * each for each in noise], calls, keep=factor == 1)
-            uses = {name: gradients[name] for name in names if name in gradients}
-            found.append({name: _weight_gradient(of_layer) / factor for name, of_layer in uses.items()})
+            factored = [factor * each for each in noise]
+            found.append(gradients.take(top, factored, lambda _, uses: _weight_gradient(uses), names, keep=factor == 1))
     one, other = found
-    return [name for name in one if (one[name] - other[name]).norm() > LINEAR * one[name].norm()]
+    return [name for name in one if (one[name] - other[name] / 3).norm() > LINEAR * one[name].norm()]
 
 
-def _weight_gradient(uses: list[tuple[Call, Tensor, Tensor]], part: slice = slice(None)) -> Tensor:
+def _weight_gradient(uses: list[Use], part: slice = slice(None)) -> Tensor:
     """Gradient of the weights, shaped like them: the sum over the uses of a layer, and over some rows of each."""
     return torch.as_tensor(
         sum(call.weight_gradient(x[part].float(), gradient[part].float()) for call, x, gradient in uses)
@@ -235,50 +239,101 @@ def _weight_gradient(uses: list[tuple[Call, Tensor, Tensor]], part: slice = slic
 
 
 def _with_graph(
-    layers: Layers, inputs: tuple[Tensor, ...], before: Callable[[Call, Tensor], None] | None
-) -> tuple[list[tuple[Call, Tensor, Tensor]], list[Tensor]]:
-    """A forward pass whose gradients can be taken: each call with its input and output, and the model's outputs."""
-    calls: list[tuple[Call, Tensor, Tensor]] = []
+    layers: Layers, inputs: tuple[Tensor, ...], before: Callable[[Call, Tensor], None] | None = None
+) -> tuple["_Gradients", list[Tensor]]:
+    """A forward pass whose gradients can be taken, and the model's outputs.
+
+    Args:
+        before: see `measure`.
+    """
+    gradients = _Gradients(torch.zeros((), device=inputs[0].device, requires_grad=True))
 
     def visit(call: Call, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        if before is not None and all(call.layer is not other.layer for other, _, _ in calls):
+        name, x = call.layer.name, x.detach()
+        if before is not None and name not in gradients.layers:
             with torch.no_grad():
                 before(call, x)
-        output = compute()
-        if not output.requires_grad:  # frozen so far: start the graph here
-            output = output.detach().requires_grad_()
-        calls.append((call, x.detach(), output))
-        return output.clone()  # what follows may work in place
+        gradients.layers[name] = call.layer
+        gradients.uses[name] += 1
+        return _Tap.apply(compute(), gradients.start, lambda gradient: gradients.arrived((call, x, gradient)))
 
     with torch.enable_grad():
         top = forward(layers, inputs, visit)
-    if not calls:
+    if not gradients.layers:
         raise InitializationError(layers.no_layer)
-    return calls, top
+    return gradients, top
 
 
-def _gradients(
-    top: list[Tensor], noise: list[Tensor], calls: list[tuple[Call, Tensor, Tensor]], keep: bool
-) -> dict[str, list[tuple[Call, Tensor, Tensor]]]:
-    """By layer, its calls with their inputs and the gradients of their outputs, of those that the outputs depend on.
+@dataclass
+class _Gradients:
+    """Gradients of the outputs of layers, on their way. It holds nothing of the graph, which holds it.
 
-    Args:
-        top, noise: outputs of the model and their gradients.
-        keep: the graph, for another backward pass.
+    Attributes:
+        start: a number on which all outputs of layers depend, also of layers that are frozen.
+        layers: by name, in order of execution.
+        uses: how often each is used.
+        arrived: what becomes of a gradient.
     """
-    if not top:
-        return {}
-    outputs = [output for *_, output in calls]
-    try:
-        gradients = torch.autograd.grad(top, outputs, noise, allow_unused=True, retain_graph=keep)
-    except RuntimeError as error:
-        message = f"change rates need the gradient of the model's output, which fails: {error}; pass between=False"
-        raise InitializationError(message) from error
-    uses: dict[str, list[tuple[Call, Tensor, Tensor]]] = {}
-    for (call, x, _), gradient in zip(calls, gradients, strict=True):
+
+    start: Tensor
+    layers: dict[str, Layer] = field(default_factory=dict)
+    uses: Counter[str] = field(default_factory=Counter)
+    arrived: Callable[[Use], None] = id
+
+    def take(
+        self,
+        top: list[Tensor],
+        noise: list[Tensor],
+        compute: Callable[[Layer, list[Use]], Tensor],
+        names: Collection[str] | None = None,
+        *,
+        keep: bool,
+    ) -> dict[str, Tensor]:
+        """By layer that the outputs depend on, what `compute` makes of it and its uses, as soon as they have gradients.
+
+        So the gradients of one layer are in memory, not those of all.
+
+        Args:
+            top, noise: outputs of the model and their gradients.
+            names: of the layers that count; None for all.
+            keep: the graph, for another backward pass.
+        """
+        waiting: dict[str, list[Use]] = {}
+        found: dict[str, Tensor] = {}
+
+        def arrived(use: Use) -> None:
+            layer = use[0].layer
+            if names is None or layer.name in names:
+                waiting.setdefault(layer.name, []).insert(0, use)  # the last one comes first
+                if len(waiting[layer.name]) == self.uses[layer.name]:
+                    found[layer.name] = compute(layer, waiting.pop(layer.name))
+
+        self.arrived = arrived
+        try:
+            if top:
+                torch.autograd.grad(top, self.start, noise, allow_unused=True, retain_graph=keep)
+        except RuntimeError as error:
+            message = f"change rates need the gradient of the model's output, which fails: {error}; pass between=False"
+            raise InitializationError(message) from error
+        finally:
+            self.arrived = id  # which knows no tensors of the graph
+        return found | {name: compute(uses[0][0].layer, uses) for name, uses in waiting.items()}
+
+
+class _Tap(torch.autograd.Function):
+    """A copy of the output of a layer, as what follows may work in place; its gradient goes on, and to a function."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, start: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.arrived = arrived
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor | None):
         if gradient is not None:
-            uses.setdefault(call.layer.name, []).append((call, x, gradient))
-    return uses
+            ctx.arrived(gradient)
+        return gradient, None, None
 
 
 def _rate(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -344,7 +399,7 @@ def _like(output: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
 
 
-def _column_squares(layer: Layer, uses: list[tuple[Call, Tensor, Tensor]], images: int) -> Tensor:
+def _column_squares(layer: Layer, uses: list[Use], images: int) -> Tensor:
     """Squared gradient of the weights: mean over outputs and kernel, sum over images; float64 (groups, inputs).
 
     Args:
