@@ -19,6 +19,7 @@ DATA_DRIVEN = ("pca", "zca", "kmeans", "patches")
 
 GAUSSIAN_STD = 0.01  # of the unscaled Gaussian baseline (section 4.1); Algorithm 1 makes the scale irrelevant
 MAX_PATCH_VALUES = 32_000_000  # patches are drawn until this many floats (128 MB): 88,000 at CaffeNet's conv1
+GRAM_COLUMNS = 256  # at a time: few leave out nearly half of a symmetric product, many make each part efficient
 KMEANS_ITERATIONS = 10  # Coates & Ng (2012) find ten sufficient
 FEW_PATCHES = 1_000  # show that patches vary
 MEAN_PATCHES = 2_000  # show how much a group's patches vary apart from the direction of their mean
@@ -211,8 +212,20 @@ def whitening_matrix(patches: Tensor, components: int) -> Tensor:
         (groups, patch, components), the leading first, at most as many as the patch has dimensions; columns are zero
         where the patches do not vary.
     """
-    values, vectors = _eigh(patches.mT @ patches / patches.shape[1])
+    values, vectors = _eigh(_gram(patches) / patches.shape[1])
     return (vectors * _inverse_sqrt(values).unsqueeze(1))[:, :, :components]
+
+
+def _gram(points: Tensor) -> Tensor:
+    """The products of all pairs of columns of points (groups, points, dimension), each pair once."""
+    dimension = points.shape[2]
+    products = points.new_empty(len(points), dimension, dimension)
+    for first in range(0, dimension, GRAM_COLUMNS):
+        block = slice(first, first + GRAM_COLUMNS)
+        rows = points[:, :, block].mT @ points[:, :, first:]
+        products[:, block, first:] = rows
+        products[:, first:, block] = rows.mT
+    return products
 
 
 def spherical_kmeans(points: Tensor, start: Tensor, generator: torch.Generator) -> Tensor:
@@ -223,8 +236,8 @@ def spherical_kmeans(points: Tensor, start: Tensor, generator: torch.Generator) 
         start: indices (clusters,) of the points that are the first centres.
 
     Returns:
-        Centres (groups, clusters, dimension). One matrix product assigns all points of all groups and another sums
-        them; a cluster that loses all its points, or whose points cancel each other, starts again at a random point.
+        Centres (groups, clusters, dimension). One matrix product assigns all points of all groups; a cluster that loses
+        all its points, or whose points cancel each other, starts again at a random point.
     """
     groups, count, _ = points.shape
     clusters = len(start)
@@ -236,13 +249,21 @@ def spherical_kmeans(points: Tensor, start: Tensor, generator: torch.Generator) 
         if torch.equal(nearest, assigned):
             break
         assigned = nearest
-        # Sums as a product with the membership matrix: deterministic on a GPU, where scattered additions are not.
-        members.zero_().scatter_(2, assigned.unsqueeze(2), 1.0)
-        sums = members.mT @ points
+        sums = _sums(points, assigned, members)
         reseed = points[:, torch.randint(count, (clusters,), generator=generator, device=points.device)]
         empty = ~sums.any(2, keepdim=True)  # without points, or with points that cancel each other
         centres = F.normalize(torch.where(empty, reseed, sums), dim=2)
     return centres
+
+
+def _sums(points: Tensor, assigned: Tensor, members: Tensor) -> Tensor:
+    """The sum of the points of each cluster, (groups, clusters, dimension); `members` is memory to work in."""
+    groups, _, clusters = members.shape
+    if points.is_cuda:  # where scattered additions are not deterministic, and a product with the membership matrix is
+        return members.zero_().scatter_(2, assigned.unsqueeze(2), 1.0).mT @ points
+    rows = assigned + clusters * torch.arange(groups).unsqueeze(1)
+    sums = points.new_zeros(groups * clusters, points.shape[2])
+    return sums.index_add_(0, rows.flatten(), points.flatten(0, 1)).unflatten(0, (groups, clusters))
 
 
 def _components(whitening: Tensor, outputs: int, generator: torch.Generator) -> Tensor:

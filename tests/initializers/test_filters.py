@@ -11,6 +11,8 @@ from initializers._filters import (
     DATA_DRIVEN,
     Filters,
     _as_blocks,
+    _gram,
+    _sums,
     draw_filters,
     draw_patches,
     spherical_kmeans,
@@ -229,6 +231,30 @@ def test_kmeans_is_as_good_as_scikit_learn():
         (points @ F.normalize(c, dim=1).T).max(1).values.mean() for c in (centres, torch.from_numpy(baseline))
     )
     assert ours > 0.975 * theirs
+
+
+@pytest.mark.parametrize("dimension", [1, 40, 256, 257, 700])
+def test_products_of_columns_are_those_of_all_pairs(dimension):
+    points = torch.randn(2, 50, dimension, generator=generator())
+    products = _gram(points)
+    torch.testing.assert_close(products, points.mT @ points)
+    assert torch.equal(products, products.mT)
+
+
+def test_sums_of_clusters_are_those_of_their_points():
+    points = torch.randn(3, 200, 7, generator=generator())
+    assigned = torch.randint(5, (3, 200), generator=generator())
+    sums = _sums(points, assigned, points.new_empty(3, 200, 6))  # nothing is in the last cluster
+    for group in range(3):
+        for cluster in range(6):
+            torch.testing.assert_close(sums[group, cluster], points[group, assigned[group] == cluster].sum(0))
+
+
+@pytest.mark.gpu
+def test_kmeans_on_a_gpu_repeats_itself_to_the_bit():
+    points = F.normalize(torch.randn(2, 5_000, 30, generator=generator()), dim=2).cuda()
+    found = [spherical_kmeans(points, torch.arange(40), torch.Generator("cuda").manual_seed(0)) for _ in range(3)]
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 def test_an_empty_cluster_starts_again():
