@@ -7,6 +7,7 @@ command is given again. The last line printed is the path of the result record.
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,6 +16,7 @@ import pandas as pd
 import torch
 from matplotlib.transforms import Bbox
 from omegaconf import DictConfig
+from torch import Tensor
 from tqdm import tqdm
 
 import detection
@@ -140,16 +142,25 @@ def initialize(cfg: DictConfig, model: FastRCNN, cache: ImageCache, rois: RoIs) 
 
 
 def detect_all(cfg: DictConfig, model: FastRCNN, cache: ImageCache, proposals: Proposals) -> Detections:
-    """Detections in all images, at one scale."""
+    """Detections in all images, at one scale.
+
+    Several images at a time, each on one thread: while the network sees one, boxes of another are sorted out.
+    """
     model.eval()
-    found = []
-    for image in tqdm(range(len(cache)), "detect", unit=" images", **pace()):
+    options = {"nms_threshold": cfg.evaluate.nms_threshold, "limit": cfg.evaluate.limit}
+
+    def detect(image: int) -> tuple[Tensor, Tensor, Tensor]:
         height, width = int(cache.heights[image]), int(cache.widths[image])
         scale = scale_of(height, width, cfg.evaluate.short, cfg.evaluate.longest)
         picture = scaled(cache, image, scale, cfg.mean)
-        options = {"nms_threshold": cfg.evaluate.nms_threshold, "limit": cfg.evaluate.limit}
-        found.append(detection.detect(model, picture, proposals[image], scale, height, width, **options))
-    return Detections.of(found)
+        return detection.detect(model, picture, proposals[image], scale, height, width, **options)
+
+    pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        results = pool.map(detect, range(len(cache)))
+        return Detections.of(list(tqdm(results, "detect", total=len(cache), unit=" images", **pace())))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def draw(split: Split, found: Detections, truth: list[detection.Truth], count: int) -> bytes:
