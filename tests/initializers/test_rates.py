@@ -1,5 +1,7 @@
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -300,6 +302,38 @@ def test_columns_equal_a_slow_computation(network, piece, images, eta, monkeypat
     for name in slow:
         torch.testing.assert_close(measurement.rates.columns[name], slow[name], rtol=1e-4, atol=0)
     torch.testing.assert_close(measurement.outputs, model(images).detach())
+
+
+def gradients_alive(measurement):
+    """How many gradients of layers were in memory at once while rates were measured."""
+    alive, most = weakref.WeakSet(), 0
+
+    def square(layer, uses, images, right=_rates._column_squares):
+        nonlocal most
+        alive.update(gradient for *_, gradient in uses)
+        most = max(most, len(alive))
+        return right(layer, uses, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_rates, "_column_squares", square)
+        measurement()
+    assert len(alive) == 0
+    return most
+
+
+def test_gradients_of_one_layer_at_a_time_are_in_memory(images):
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(12)))
+    assert gradients_alive(lambda: measure(Layers(model.eval()), (images,), seed=0, draws=2)) <= 2
+
+
+def test_nothing_is_kept_of_what_was_measured(images):
+    """Functions that autograd holds know what holds the graph: a circle that no collector sees."""
+    model = build(next(iter(NETWORKS)))
+    for _ in range(2):
+        before = sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+        change_rate(model, images)
+        gc.collect()
+    assert sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()) == before
 
 
 class Heads(nn.Module):
