@@ -19,6 +19,11 @@ DATA_DRIVEN = ("pca", "zca", "kmeans", "patches")
 
 GAUSSIAN_STD = 0.01  # of the unscaled Gaussian baseline (section 4.1); Algorithm 1 makes the scale irrelevant
 MAX_PATCH_VALUES = 32_000_000  # patches are drawn until this many floats (128 MB): 88,000 at CaffeNet's conv1
+LANCZOS_DIMENSION = 500  # below, an eigendecomposition takes no time
+LANCZOS_BLOCK = 32  # vectors: more need a larger space for the same accuracy, fewer make products slow
+LANCZOS_START = 3  # times as many dimensions as eigenvectors, before their errors are looked at
+LANCZOS_MOST = 0.6  # of all dimensions; with more an eigendecomposition is faster
+LANCZOS_ERROR = 1e-3  # norm of C v - l v, relative to l; of the least ones by eigh in float32 it is up to 2e-4
 GRAM_COLUMNS = 256  # at a time: few leave out nearly half of a symmetric product, many make each part efficient
 KMEANS_ITERATIONS = 10  # Coates & Ng (2012) find ten sufficient
 FEW_PATCHES = 1_000  # show that patches vary
@@ -137,7 +142,7 @@ def _from_patches(
         vectors = vectors[:, :, :components]
         return (vectors * _inverse_sqrt(values)[:, None, :components]) @ vectors.mT @ projection
 
-    whitening = whitening_matrix(patches, components)
+    whitening = whitening_matrix(patches, components, exact=kind == "pca")
     if kind == "pca":
         codes = _components(whitening, outputs, generator)
     else:
@@ -205,14 +210,18 @@ def _as_blocks(layer: Layer, filters: Tensor) -> Tensor:
     return filters.unflatten(2, (kernel, width)).transpose(2, 3)
 
 
-def whitening_matrix(patches: Tensor, components: int) -> Tensor:
+def whitening_matrix(patches: Tensor, components: int, exact: bool = True) -> Tensor:
     """Principal directions of centred patches (groups, patches, patch), each divided by its standard deviation.
+
+    Args:
+        exact: by an eigendecomposition; where only the space matters that they span, `_leading` may be faster.
 
     Returns:
         (groups, patch, components), the leading first, at most as many as the patch has dimensions; columns are zero
         where the patches do not vary.
     """
-    values, vectors = _eigh(_gram(patches) / patches.shape[1])
+    covariance = _gram(patches) / patches.shape[1]
+    values, vectors = (None if exact else _leading(covariance, components)) or _eigh(covariance)
     return (vectors * _inverse_sqrt(values).unsqueeze(1))[:, :, :components]
 
 
@@ -287,6 +296,39 @@ def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
     if not converged:  # ill-conditioned, or many equal eigenvalues: too much for single precision
         values, vectors = (part.to(covariance.dtype) for part in torch.linalg.eigh(covariance.double()))
     return values.flip(-1), vectors.flip(-1)
+
+
+def _leading(covariance: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """The leading eigenvalues and eigenvectors (as columns) by block Lanczos, the largest first.
+
+    They are those of the covariance on the space of a few random vectors and of what powers of the covariance make of
+    them. The vectors are kept orthogonal by projection, twice, as rounding asks for it (Golub & Van Loan, 10.3).
+
+    Returns:
+        As accurate as those of `_eigh` in single precision; None where that is not reached, or no faster.
+    """
+    groups, dimension, _ = covariance.shape
+    size, most = LANCZOS_START * count, LANCZOS_MOST * dimension
+    if dimension < LANCZOS_DIMENSION or size > most:
+        return None
+    generator = torch.Generator(covariance.device).manual_seed(0)
+    block, _ = torch.linalg.qr(_randn((groups, dimension, LANCZOS_BLOCK), generator))
+    basis = images = covariance.new_empty(groups, dimension, 0)
+    while size <= most:
+        while basis.shape[2] < size:
+            image = covariance @ block
+            basis, images = torch.cat([basis, block], 2), torch.cat([images, image], 2)
+            block = image
+            for _ in range(2):
+                block, _ = torch.linalg.qr(block - basis @ (basis.mT @ block))
+        values, codes = _eigh(basis.mT @ images)
+        values, codes = values[:, :count], codes[:, :, :count]
+        vectors = basis @ codes
+        errors = torch.linalg.vector_norm(images @ codes - vectors * values.unsqueeze(1), dim=1)
+        if (errors <= (LANCZOS_ERROR * values).maximum(MIN_EIGENVALUE * values[:, :1])).all():
+            return values, vectors
+        size += count
+    return None
 
 
 def _inverse_sqrt(values: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import nn
 
-from initializers import initialize
+from initializers import _filters, initialize
 from initializers._filters import (
     DATA_DRIVEN,
     Filters,
     _as_blocks,
     _gram,
+    _leading,
     _sums,
     draw_filters,
     draw_patches,
@@ -239,6 +240,59 @@ def test_products_of_columns_are_those_of_all_pairs(dimension):
     products = _gram(points)
     torch.testing.assert_close(products, points.mT @ points)
     assert torch.equal(products, products.mT)
+
+
+def covariance_of(values):
+    """Two covariances with the given eigenvalues."""
+    basis, _ = torch.linalg.qr(torch.randn(2, len(values), len(values), generator=generator()))
+    return (basis * values) @ basis.mT
+
+
+def test_leading_eigenvectors_are_those_of_an_eigendecomposition():
+    """Eigenvalues that fall as those of image patches do, the variances of the last components 600 times smaller."""
+    covariance = covariance_of(torch.arange(1.0, 801).pow(-1.4))
+    values, vectors = _leading(covariance, 100)
+    exact = torch.linalg.eigh(covariance.double())
+    torch.testing.assert_close(values, exact.eigenvalues.flip(-1)[:, :100].float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(100).expand(2, -1, -1), atol=1e-5, rtol=0)
+    space = exact.eigenvectors.flip(-1)[:, :, :100]
+    assert torch.linalg.matrix_norm(vectors - space @ (space.mT @ vectors.double()), 2).max() < 0.05
+
+
+def test_leading_eigenvectors_of_few_dimensions():
+    """What varies in fewer directions than are asked for: the others have no variance."""
+    covariance = covariance_of(torch.cat([torch.ones(40), torch.zeros(760)]))
+    values, _ = _leading(covariance, 60)
+    torch.testing.assert_close(values, torch.cat([torch.ones(40), torch.zeros(20)]).expand(2, -1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("values", [torch.linspace(1, 0.9, 800), torch.full((800,), torch.nan), torch.ones(60)])
+def test_no_leading_eigenvectors_where_they_are_not_found(values):
+    """Eigenvalues that hardly differ, NaN, and a matrix so small that an eigendecomposition is as fast."""
+    assert _leading(torch.diag(values).unsqueeze(0), len(values) // 8) is None
+
+
+def test_kmeans_is_as_good_on_leading_eigenvectors(monkeypatch):
+    layer = nn.Conv2d(64, 64, 3)
+    x = F.avg_pool2d(
+        F.conv2d(
+            torch.randn(20, 3, 40, 40, generator=generator()), torch.randn(64, 3, 5, 5, generator=generator(1))
+        ).relu(),
+        2,
+    )
+    patches = draw_patches(*seen(layer, x), 10_000, generator())[0]
+    patches -= patches.mean(0)
+    whitening = whitening_matrix(patches.unsqueeze(0), 64)[0]
+    points = F.normalize(patches @ whitening, dim=1)
+    found, cosines = [], []
+    for least in (_filters.LANCZOS_DIMENSION, 10_000):
+        monkeypatch.setattr(_filters, "LANCZOS_DIMENSION", least)
+        blocks = draw_filters("kmeans", *seen(layer, x), generator())[0]
+        centres = blocks.transpose(2, 3).flatten(2)[0] @ torch.linalg.pinv(whitening.T)
+        cosines.append((points @ F.normalize(centres, dim=1).T).max(1).values.mean().item())
+        found.append(blocks)
+    assert not torch.equal(*found)  # two ways
+    assert cosines[0] == pytest.approx(cosines[1], abs=1e-3)
 
 
 def test_sums_of_clusters_are_those_of_their_points():
