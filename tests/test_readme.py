@@ -147,7 +147,16 @@ def one_decimal(value: float, deviation: float | None = None) -> str:
     return f"{value:.1f}" + ("" if pd.isna(deviation) else f" ± {deviation:.1f}")
 
 
-COLUMNS = {"as it is": (0.001, 10), "rate .0003": (0.0003, 10), "rate .003": (0.003, 10), "no clipping": (0.001, None)}
+SETTINGS = {  # learning rate, clipping, weight decay, smallest crop
+    "as it is": (0.001, 10, 1e-6, 0.5),
+    "learning rate .0003": (0.0003, 10, 1e-6, 0.5),
+    "learning rate .003": (0.003, 10, 1e-6, 0.5),
+    "no clipping": (0.001, None, 1e-6, 0.5),
+    "learning rate .0003, no clipping": (0.0003, None, 1e-6, 0.5),
+    "weight decay .0005": (0.001, 10, 0.0005, 0.5),
+    "larger crops": (0.001, 10, 1e-6, 1.0),
+    "losses averaged": (0.00005, 200, 2e-5, 0.5),
+}
 
 
 def of_the_mini_network():
@@ -160,19 +169,20 @@ def of_the_mini_network():
 
 def test_what_was_taken_apart_is_that_of_the_records():
     block = RESULTS.partition("**Taken apart.**")[2].partition("\n**")[0]
-    settings = [COLUMNS[name.strip()] for name in re.search(r"^\| \|(.*)\|$", block, re.M)[1].split("|")]
-    rows = re.findall(r"^\| `init=(.+?)` \|(.*)\|$", block, re.M)
+    inits = re.findall(r"`init=(.+?)`", re.search(r"^\| \|(.*)\|$", block, re.M)[1])
+    rows = re.findall(r"^\| ([^`|]+?) \|(.*)\|$", block, re.M)
     stated = {
-        (init, *setting): cell.strip()
-        for init, cells in rows
-        for setting, cell in zip(settings, cells.split("|"), strict=True)
+        (init, *SETTINGS[setting]): cell.strip()
+        for setting, cells in rows
+        for init, cell in zip(inits, cells.split("|"), strict=True)
         if cell.strip()
     }
     expected = {}
     for record in of_the_mini_network():
         config = record["config"]
-        key = (init_key(config["init"]), config["optimizer"]["lr"], config["train"]["clip_norm"])
-        if key[0] in dict(rows):
+        setting = (config["optimizer"]["lr"], config["train"]["clip_norm"], config["optimizer"]["weight_decay"])
+        key = (init_key(config["init"]), *setting, config["crop"]["min_scale"])
+        if key[0] in inits:
             expected[key] = one_decimal(100 * record["metrics"]["map_step"])
     assert stated == expected
 
@@ -193,6 +203,37 @@ def test_filters_of_two_kinds_are_those_of_the_records():
         == ("gaussian init.between=false", 0.0003)
     )
     assert f"{round(rates['conv1'] / rates['conv2'], -2):,.0f} times" in block
+
+
+def test_what_biases_do_is_that_of_the_records():
+    block = " ".join(RESULTS.partition("**Taken apart.**")[2].partition("\n**")[0].split())
+    stated = re.search(
+        r"ends at ([\d.]+) and ([\d.]+) \(two seeds\), MSRA at ([\d.]+) and ([\d.]+): Xavier is ([\d.]+)", block
+    )
+    found = {}
+    for record in of_the_mini_network():
+        if (init := record["config"]["init"])["name"] in ("biased", "average"):
+            found[init.get("weights"), record["config"]["seed"]] = 100 * record["metrics"]["map_step"]
+    average = found.pop((None, 0))
+    assert f"mean of fan-in and fan-out ends at {average:.1f}" in block
+    assert found.keys() == {(weights, seed) for weights in ("xavier", "msra") for seed in (0, 1)}
+    each = [found[weights, seed] for weights in ("xavier", "msra") for seed in (0, 1)]
+    assert [*stated.groups()] == [f"{value:.1f}" for value in (*each, (each[0] + each[1] - each[2] - each[3]) / 2)]
+
+
+def test_leads_are_those_of_the_table():
+    block = RESULTS.partition("**Taken apart.**")[2].partition("\n**")[0]
+    inits = re.findall(r"`init=(.+?)`", re.search(r"^\| \|(.*)\|$", block, re.M)[1])
+    rows = [
+        dict(zip(inits, cells.split("|"), strict=True)) for cells in re.findall(r"^\| [^`|]+? \|(.*)\|$", block, re.M)
+    ]
+
+    def leads(one, other):
+        return [float(row[one]) - float(row[other]) for row in rows if row[one].strip() and row[other].strip()]
+
+    words = " ".join(block.split())
+    assert f"PCA is at least {min(leads('pca', 'gaussian')):.1f} ahead in each row" in words
+    assert f"puts Xavier further ahead than {max(leads('xavier', 'msra')):.1f}" in words
 
 
 def test_first_losses_are_those_of_the_records():
