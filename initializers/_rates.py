@@ -278,7 +278,7 @@ class _Gradients:
     start: Tensor
     layers: dict[str, Layer] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
-    arrived: Callable[[Use], None] = id
+    arrived: Callable[[Use], object] = id
 
     def take(
         self,
@@ -316,7 +316,7 @@ class _Gradients:
             message = f"change rates need the gradient of the model's output, which fails: {error}; pass between=False"
             raise InitializationError(message) from error
         finally:
-            self.arrived = id  # which knows no tensors of the graph
+            self.arrived = id  # which does nothing, and holds no tensor of the graph
         return found | {name: compute(uses[0][0].layer, uses) for name, uses in waiting.items()}
 
 
