@@ -1,4 +1,4 @@
-"""Xavier by the mean of fan-in and fan-out, and Xavier and MSRA with the reference CaffeNet's biases: for `init._target_`.
+"""Xavier by the mean of fan-in and fan-out; Xavier and MSRA with the reference's biases: for `init._target_`.
 
 PYTHONPATH=results/causes python experiments/voc_cls.py preset=mini init=xavier init._target_=variants.average
 PYTHONPATH=results/causes python experiments/voc_cls.py preset=mini init=msra init._target_=variants.biased \
