@@ -138,7 +138,7 @@ def _from_patches(
     if kind == "zca":
         projection = _randn((len(patches), outputs, patches.shape[2]), generator)
         responses = patches @ projection.mT
-        values, vectors = _eigh(responses.mT @ responses / responses.shape[1])
+        values, vectors = _eigh(_gram(responses) / responses.shape[1])
         vectors = vectors[:, :, :components]
         return (vectors * _inverse_sqrt(values)[:, None, :components]) @ vectors.mT @ projection
 
@@ -221,7 +221,8 @@ def whitening_matrix(patches: Tensor, components: int, exact: bool = True) -> Te
         where the patches do not vary.
     """
     covariance = _gram(patches) / patches.shape[1]
-    values, vectors = (None if exact else _leading(covariance, components)) or _eigh(covariance)
+    leading = None if exact else _leading(covariance, components)
+    values, vectors = leading or _eigh(covariance)
     return (vectors * _inverse_sqrt(values).unsqueeze(1))[:, :, :components]
 
 
