@@ -150,7 +150,7 @@ def measure(
     tops = []
     for first in range(0, count, batch):
         part = slice(first, first + batch)
-        images = len(inputs[0][part])
+        square = partial(_column_squares, images=len(inputs[0][part]))
         with without_memory(layers.model):
             gradients, top = _with_graph(layers, tuple(x[part] for x in inputs), before if first == 0 else None)
             used |= gradients.layers
@@ -160,7 +160,6 @@ def measure(
                 for number, group in enumerate(together):
                     noise = [eta[part].to(top[0])] if eta is not None else [_like(each, generator) for each in group]
                     last = (draw, number) == (draws - 1, len(together) - 1)
-                    square = partial(_column_squares, images=images)
                     for name, found in gradients.take(group, noise, square, keep=not last).items():
                         totals = squares.setdefault(name, found.new_zeros(len(together), *found.shape))
                         totals[number] += found / (count * draws)
@@ -219,16 +218,17 @@ def _rounding(layers: Layers, inputs: tuple[Tensor, ...], names: list[str], seed
     generator = torch.Generator(inputs[0].device).manual_seed(seed)
     torch.manual_seed(seed)
     batch = IMAGES_AT_A_TIME if layers.per_image else 1
-    found: list[dict[str, Tensor]] = []
     with without_memory(layers.model):
         gradients, top = _with_graph(layers, tuple(x[:batch] for x in inputs))
         top = [output for output in top if output.requires_grad]
         noise = [_like(output, generator) for output in top]
-        for factor in (1, 3):
-            factored = [factor * each for each in noise]
-            found.append(gradients.take(top, factored, lambda _, uses: _weight_gradient(uses), names, keep=factor == 1))
-    one, other = found
-    return [name for name in one if (one[name] - other[name] / 3).norm() > LINEAR * one[name].norm()]
+        one, three = (
+            gradients.take(
+                top, [factor * each for each in noise], lambda _, uses: _weight_gradient(uses), names, keep=factor == 1
+            )
+            for factor in (1, 3)
+        )
+    return [name for name in one if (one[name] - three[name] / 3).norm() > LINEAR * one[name].norm()]
 
 
 def _weight_gradient(uses: list[Use], part: slice = slice(None)) -> Tensor:

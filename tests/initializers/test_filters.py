@@ -274,12 +274,11 @@ def test_no_leading_eigenvectors_where_they_are_not_found(values):
 
 def test_kmeans_is_as_good_on_leading_eigenvectors(monkeypatch):
     layer = nn.Conv2d(64, 64, 3)
-    x = F.avg_pool2d(
-        F.conv2d(
-            torch.randn(20, 3, 40, 40, generator=generator()), torch.randn(64, 3, 5, 5, generator=generator(1))
-        ).relu(),
-        2,
+    images, filters = (
+        torch.randn(20, 3, 40, 40, generator=generator()),
+        torch.randn(64, 3, 5, 5, generator=generator(1)),
     )
+    x = F.avg_pool2d(F.conv2d(images, filters).relu(), 2)
     patches = draw_patches(*seen(layer, x), 10_000, generator())[0]
     patches -= patches.mean(0)
     whitening = whitening_matrix(patches.unsqueeze(0), 64)[0]

@@ -304,8 +304,7 @@ def test_columns_equal_a_slow_computation(network, piece, images, eta, monkeypat
     torch.testing.assert_close(measurement.outputs, model(images).detach())
 
 
-def gradients_alive(measurement):
-    """How many gradients of layers were in memory at once while rates were measured."""
+def test_gradients_of_one_layer_at_a_time_are_in_memory(images, monkeypatch):
     alive, most = weakref.WeakSet(), 0
 
     def square(layer, uses, images, right=_rates._column_squares):
@@ -314,16 +313,11 @@ def gradients_alive(measurement):
         most = max(most, len(alive))
         return right(layer, uses, images)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_rates, "_column_squares", square)
-        measurement()
-    assert len(alive) == 0
-    return most
-
-
-def test_gradients_of_one_layer_at_a_time_are_in_memory(images):
+    monkeypatch.setattr(_rates, "_column_squares", square)
     model = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(12)))
-    assert gradients_alive(lambda: measure(Layers(model.eval()), (images,), seed=0, draws=2)) <= 2
+    measure(Layers(model.eval()), (images,), seed=0, draws=2)
+    assert most <= 2
+    assert len(alive) == 0
 
 
 def test_nothing_is_kept_of_what_was_measured(images):
