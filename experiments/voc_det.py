@@ -37,6 +37,7 @@ from experiments.progress import pace
 from initializers._images import open_image
 
 NEW_LAYERS = ("fast_rcnn", "initialized")
+IMAGES_AT_A_TIME = 2  # that are tested: each takes memory for all of its RoIs
 
 
 @command("voc_det")
@@ -144,7 +145,7 @@ def initialize(cfg: DictConfig, model: FastRCNN, cache: ImageCache, rois: RoIs) 
 def detect_all(cfg: DictConfig, model: FastRCNN, cache: ImageCache, proposals: Proposals) -> Detections:
     """Detections in all images, at one scale.
 
-    Several images at a time, each on one thread: while the network sees one, boxes of another are sorted out.
+    Two images at a time, on half of the threads each: while the network sees one, boxes of the other are sorted out.
     """
     model.eval()
     options = {"nms_threshold": cfg.evaluate.nms_threshold, "limit": cfg.evaluate.limit}
@@ -155,7 +156,9 @@ def detect_all(cfg: DictConfig, model: FastRCNN, cache: ImageCache, proposals: P
         picture = scaled(cache, image, scale, cfg.mean)
         return detection.detect(model, picture, proposals[image], scale, height, width, **options)
 
-    pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+    threads = torch.get_num_threads()
+    workers = min(IMAGES_AT_A_TIME, threads)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
     try:
         results = pool.map(detect, range(len(cache)))
         return Detections.of(list(tqdm(results, "detect", total=len(cache), unit=" images", **pace())))
