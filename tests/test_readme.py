@@ -167,28 +167,33 @@ def of_the_mini_network():
     return [record for record in records if protocol.items() <= record["config"]["train"].items()]
 
 
+def taken_apart() -> str:
+    """What the page says of it."""
+    return RESULTS.partition("**Taken apart.**")[2].partition("\n**")[0]
+
+
+def cells_taken_apart() -> dict[str, dict[str, str]]:
+    """Its table: by setting, and by initialization."""
+    inits = re.findall(r"`init=(.+?)`", re.search(r"^\| \|(.*)\|$", taken_apart(), re.M)[1])
+    rows = re.findall(r"^\| ([^`|]+?) \|(.*)\|$", taken_apart(), re.M)
+    return {setting: dict(zip(inits, map(str.strip, cells.split("|")), strict=True)) for setting, cells in rows}
+
+
 def test_what_was_taken_apart_is_that_of_the_records():
-    block = RESULTS.partition("**Taken apart.**")[2].partition("\n**")[0]
-    inits = re.findall(r"`init=(.+?)`", re.search(r"^\| \|(.*)\|$", block, re.M)[1])
-    rows = re.findall(r"^\| ([^`|]+?) \|(.*)\|$", block, re.M)
-    stated = {
-        (init, *SETTINGS[setting]): cell.strip()
-        for setting, cells in rows
-        for init, cell in zip(inits, cells.split("|"), strict=True)
-        if cell.strip()
-    }
+    table = cells_taken_apart()
+    stated = {(init, *SETTINGS[name]): cell for name, row in table.items() for init, cell in row.items() if cell}
     expected = {}
     for record in of_the_mini_network():
         config = record["config"]
         setting = (config["optimizer"]["lr"], config["train"]["clip_norm"], config["optimizer"]["weight_decay"])
         key = (init_key(config["init"]), *setting, config["crop"]["min_scale"])
-        if key[0] in inits:
+        if key[0] in table["as it is"]:
             expected[key] = one_decimal(100 * record["metrics"]["map_step"])
     assert stated == expected
 
 
 def test_filters_of_two_kinds_are_those_of_the_records():
-    block = " ".join(RESULTS.partition("**Taken apart.**")[2].partition("\n**")[0].split())
+    block = " ".join(taken_apart().split())
     first, rest = re.search(r"([\d.]+) with PCA in the first layer alone, ([\d.]+) with PCA in all", block).groups()
     mixed = {
         record["config"]["init"]["first"]: one_decimal(100 * record["metrics"]["map_step"])
@@ -206,7 +211,7 @@ def test_filters_of_two_kinds_are_those_of_the_records():
 
 
 def test_what_biases_do_is_that_of_the_records():
-    block = " ".join(RESULTS.partition("**Taken apart.**")[2].partition("\n**")[0].split())
+    block = " ".join(taken_apart().split())
     stated = re.search(
         r"ends at ([\d.]+) and ([\d.]+) \(two seeds\), MSRA at ([\d.]+) and ([\d.]+): Xavier is ([\d.]+)", block
     )
@@ -222,16 +227,11 @@ def test_what_biases_do_is_that_of_the_records():
 
 
 def test_leads_are_those_of_the_table():
-    block = RESULTS.partition("**Taken apart.**")[2].partition("\n**")[0]
-    inits = re.findall(r"`init=(.+?)`", re.search(r"^\| \|(.*)\|$", block, re.M)[1])
-    rows = [
-        dict(zip(inits, cells.split("|"), strict=True)) for cells in re.findall(r"^\| [^`|]+? \|(.*)\|$", block, re.M)
-    ]
-
     def leads(one, other):
-        return [float(row[one]) - float(row[other]) for row in rows if row[one].strip() and row[other].strip()]
+        rows = [row for row in cells_taken_apart().values() if row[one] and row[other]]
+        return [float(row[one]) - float(row[other]) for row in rows]
 
-    words = " ".join(block.split())
+    words = " ".join(taken_apart().split())
     assert f"PCA is at least {min(leads('pca', 'gaussian')):.1f} ahead in each row" in words
     assert f"puts Xavier further ahead than {max(leads('xavier', 'msra')):.1f}" in words
 
