@@ -39,7 +39,8 @@ def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: in
     def insert(exponents: dict[str, float]) -> float:
         factors = {name: 2.0**exponent for name, exponent in exponents.items()}
         for owner, names in rows.items():
-            added.extend(_insert(model, owner, torch.tensor([factors.get(name, 1.0) for name in names])))
+            each = [factors.get(name, 1.0) for name in names]
+            added.extend(_insert(model, owner, torch.tensor(each, dtype=torch.float64)))
         return function.change([])
 
     def remove() -> None:

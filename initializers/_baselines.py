@@ -164,6 +164,9 @@ def lsuv(
                 return
             layer.set_weight(orthonormal(layer, generator))
             outputs = compute()
+            if not any(map(len, outputs)):
+                row.add_note("no image reaches it: its weights stay orthonormal")
+                return
             mean, variance = _moments(outputs)
             row.mean_before, row.std_before = mean, math.sqrt(variance)
             for _ in range(max_iterations):

@@ -282,7 +282,7 @@ def _components(whitening: Tensor, outputs: int, generator: torch.Generator) -> 
     present = whitening.abs().amax(1) > 0
     codes = _directions(whitening, outputs, generator)
     rows = torch.arange(components, device=whitening.device)
-    identity = torch.eye(components, device=whitening.device)
+    identity = torch.eye(components, device=whitening.device, dtype=whitening.dtype)
     codes[:, rows] = torch.where(present.unsqueeze(2), identity, codes[:, rows])
     return codes
 

@@ -62,5 +62,5 @@ class Function:
 def some(inputs: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
     """That many of the images, evenly spread."""
     count = len(inputs[0])
-    chosen = torch.linspace(0, count - 1, min(count, number)).round().long()
+    chosen = torch.linspace(0, count - 1, min(count, number), dtype=torch.float32).round().long()
     return tuple(x[chosen.to(x.device)] for x in inputs)

@@ -22,6 +22,7 @@ from initializers._model import (
     dropouts,
     forked_random,
     outputs_of,
+    same_bits,
     scripted,
     tensors_of,
     without_dropout,
@@ -413,8 +414,10 @@ class _Recorder(AffineMode):
         index = len(self.graph.shapes)
         self.known[id(tensor)] = weakref.ref(tensor), index
         self.graph.shapes[index] = tensor.shape
-        storage = StorageWeakRef(tensor.untyped_storage())
-        self.graph.storages[index] = self.memories.setdefault(storage.cdata, (storage, index))[1]
+        self.graph.storages[index] = index
+        if tensor.layout == torch.strided:
+            storage = StorageWeakRef(tensor.untyped_storage())
+            self.graph.storages[index] = self.memories.setdefault(storage.cdata, (storage, index))[1]
         if varying:
             self.graph.varying.add(index)
         else:
@@ -488,7 +491,7 @@ def _is_random(operation: Operation) -> bool:
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:
-    return one is other or (other is not None and one.shape == other.shape and torch.equal(one, other))
+    return one is other or (other is not None and same_bits(one, other))
 
 
 def map_tree(tree, function):

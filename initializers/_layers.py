@@ -54,8 +54,9 @@ PIECE = 500_000  # values of a large tensor that are worked on at a time: 2 MB, 
 _WEIGHT_GRADIENTS = {3: grad.conv1d_weight, 4: grad.conv2d_weight, 5: grad.conv3d_weight}
 NO_LAYER = "the model has no affine layer (convolution or linear) that runs and is not frozen: there is nothing to do"
 ALL_COMPUTED = (
-    "the model computes the weights of all its layers, as spectral_norm and other parametrizations do: remove these "
-    "(torch.nn.utils.parametrize.remove_parametrizations), initialize, and register them again"
+    "the model computes the weights of all its layers, as spectral_norm and other parametrizations, pruning and "
+    "quantization do: remove these (torch.nn.utils.parametrize.remove_parametrizations), initialize, and register them "
+    "again"
 )
 TRANSFORMED = (
     "the model computes inside torch.vmap or another transform of torch.func, where its layers cannot be seen: give "
@@ -324,8 +325,8 @@ class Layers:
 
 
 def memory(tensor: Tensor) -> int:
-    """Address of a tensor's memory, which its views share."""
-    return tensor.untyped_storage().data_ptr()
+    """Address of a tensor's memory, which its views share; a sparse tensor has no memory of its own."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 def overlap(one: Tensor, other: Tensor) -> bool:
@@ -384,6 +385,9 @@ class AffineMode(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
+        if _unbatched(func, args, kwargs):
+            with self:
+                return _as_batch(func, args, kwargs)
         probability, active = dropout_of(func.__name__, args, kwargs)
         if probability and not active:
             self.layers.functional_dropout.add(probability)
@@ -459,11 +463,26 @@ def _arguments(func: Callable, args: tuple, kwargs: dict) -> dict[str, Any] | No
         return {"input": operands[found[0]], "weight": weight if found[1] else weight.t()}
     given = dict(zip(names, args, strict=False)) | kwargs
     if func.__name__ in MODULE_FUNCTIONS:
-        return given
+        return given if given["weight"].ndim > 1 else None
     weight = next((given[key] for key in ("weight", "other", "mat2") if key in given), None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or {"beta", "alpha", "out"} & given.keys():
         return None
     return given | {"weight": weight.detach().t()}
+
+
+def _unbatched(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether this is an affine function of one image, without a dimension of images."""
+    given = _arguments(func, args, kwargs)
+    if given is None or "input" not in given:
+        return False
+    return bool(given["input"].ndim == max(1, given["weight"].ndim - 1))
+
+
+def _as_batch(func: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """What an affine function makes of one image, by way of a batch of it."""
+    if args:
+        return func(args[0].unsqueeze(0), *args[1:], **kwargs).squeeze(0)
+    return func(**kwargs | {"input": kwargs["input"].unsqueeze(0)}).squeeze(0)
 
 
 def _operands(args: tuple) -> tuple:
@@ -480,7 +499,7 @@ def _linear_einsum(equation: Any) -> tuple[int, bool] | None:
     first, second = operands.split(",")
     for number, (x, matrix) in enumerate(((first, second), (second, first))):
         outputs = matrix.replace(x[-1:], "", 1)
-        if len(matrix) == 2 and len(outputs) == 1 and outputs not in x and result == x[:-1] + outputs:
+        if len(x) > 1 and len(matrix) == 2 and len(outputs) == 1 and outputs not in x and result == x[:-1] + outputs:
             return number, matrix[0] == outputs
     return None
 
@@ -500,9 +519,14 @@ def _check_memory(layer: Layer) -> None:
 
 
 def channel_statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation of each output channel over images and positions; two (out_channels,)."""
+    """Mean and population standard deviation of each output channel over images and positions; two (out_channels,).
+
+    Both are 0 where no image reaches the layer, as where each goes to one of several experts.
+    """
     positions = 1 if layer.linear else outputs[0][0, 0].numel()
-    parts = [output.detach().reshape(-1, layer.out_channels, positions) for output in outputs]
+    parts = [output.detach().reshape(-1, layer.out_channels, positions) for output in outputs if len(output)]
+    if not parts:
+        return layer.weight.new_zeros(layer.out_channels), layer.weight.new_zeros(layer.out_channels)
     count = sum(part.shape[0] * part.shape[2] for part in parts)
     # Positions first, as they are contiguous, then images: many times faster than torch.var_mean, and as exact.
     precise = torch.promote_types(parts[0].dtype, torch.float32)

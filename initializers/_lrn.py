@@ -20,7 +20,7 @@ class MeasuredLRN:
         self.scales = scales
         self.uses = {use.layer: use for use in scales.uses}
         self.sizes: dict[tuple[str, int], Tensor] = {}  # mean magnitude of what comes to a layer with a label
-        self.u = torch.zeros(1 + scales.variables)
+        self.u = torch.zeros(1 + scales.variables, dtype=torch.float64)
         self.log_factors = dict.fromkeys((use.layer.name for use in scales.uses), 0.0)
 
     def intend(self, u: Tensor) -> None:
@@ -36,7 +36,7 @@ class MeasuredLRN:
             size, key = inputs.abs().mean(), (layer.name, label)
             if key in self.sizes:
                 ratio = (self.sizes[key] / size).item()
-                layer.scale_inputs(torch.where(channels, ratio, 1.0))
+                layer.scale_inputs(torch.ones_like(channels, dtype=torch.float64).masked_fill(channels, ratio))
                 self.log_factors[layer.name] += math.log(ratio) * channels.double().mean().item()
                 self._learn(label, ratio)
             self.sizes[key] = size

@@ -54,18 +54,17 @@ def unchanged_on_error(model: nn.Module, seed: int, training: bool = False) -> I
 
 @contextmanager
 def _unchanged_on_error(model: nn.Module, seed: int, training: bool) -> Iterator[None]:
+    if type(made := torch.empty(0)) is not Tensor:
+        raise InitializationError(f"a {type(made).__name__} is what torch makes here, without values: leave that mode")
     for name, parameter in model.named_parameters():
         _check_parameter(name, parameter)
     flags = [(module, module.training) for module in model.modules()]
     restore = snapshot(model)
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
     arithmetic = [(backend, name, getattr(backend, name)) for backend, name, _ in ARITHMETIC]
-    model.train(training)
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.eval()
-    for dropout in dropouts(model).values():
-        dropout.train()
+    for module in model.modules():  # by the flag alone: `train()` of some models merges adapters into weights
+        normalises = getattr(module, "running_mean", None) is not None
+        module.training = isinstance(module, nn.modules.dropout._DropoutNd) or (training and not normalises)
     try:
         for backend, name, value in ARITHMETIC:
             setattr(backend, name, value)
@@ -96,8 +95,23 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same."""
+    """Whether two tensors have one shape and hold the same."""
+    if one.shape != other.shape:
+        return False
+    if one.layout != torch.strided:
+        return all(map(same_bits, _parts(one), _parts(other)))
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """What a sparse tensor consists of."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
 
 
 def is_lazy(tensor: Tensor) -> bool:
@@ -212,7 +226,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     def restore() -> None:
         for tensor, value in zip(tensors, saved, strict=True):
             if not same_bits(tensor, value):  # which may share memory with itself, so that nobody can set it
-                tensor.copy_(value)
+                _refill_tensor(tensor, value)
         for module, name, value in constants:
             setattr(module, name, value)
         lazy()
@@ -263,9 +277,10 @@ def without_memory(model: nn.Module) -> Iterator[None]:
         for held, copied in before:
             _refill(held, copied)
         for tensor, version, value in values:
-            if tensor._version != version:
+            # Kernels that are given a buffer to write to, such as those of fake quantization, do not count it.
+            if tensor._version != version or not same_bits(tensor, value):
                 with torch.no_grad():
-                    tensor.detach_().resize_(value.shape).copy_(value)
+                    _refill_tensor(tensor.detach_(), value)
 
 
 _values: dict[int, tuple[Tensor, int, Tensor]] = {}  # by id: a tensor, its version, and its value then
@@ -314,6 +329,12 @@ def _refill(held, copied) -> None:
         held.extend(copied)
     else:
         held.update(copied)
+
+
+def _refill_tensor(tensor: Tensor, value: Tensor) -> None:
+    if tensor.shape != value.shape:
+        tensor.resize_(value.shape)
+    tensor.copy_(value)
 
 
 def _flat(held) -> list:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from initializers._graph import SIZES, Graph, Operation, Ref, map_tree, resolve
-from initializers._layers import Layer, input_of, memory, overlap
+from initializers._layers import AFFINE, MODULE_FUNCTIONS, Layer, input_of, memory, overlap
 from initializers._model import InitializationError, tensors_of
 from initializers._scales import PINNED, Norm, Scales, Use
 
@@ -38,19 +38,27 @@ _MOVING = {
 _HOMOGENEOUS = {
     *("relu", "leaky_relu", "prelu", "abs", "neg", "positive", "dropout", "dropout1d", "dropout2d", "dropout3d"),
     *("feature_dropout", "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type_as"),
-    *("data", "cpu", "cuda", "requires_grad", "alias", "rrelu"),
+    *("data", "cpu", "cuda", "requires_grad", "alias", "rrelu", "nan_to_num", "tril", "triu"),
 }
 _POOLING = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
 _POOLING |= {"interpolate", "upsample", "lp_pool1d", "lp_pool2d"}
-_REDUCING = {"mean", "sum", "amax", "amin"}
+_REDUCING = {"mean", "sum", "amax", "amin", "std"}
+_NORMS = {"norm", "vector_norm", "linalg_norm", "linalg_vector_norm"}
+_SIGNS = {"sign", "sgn", "signbit", "isnan", "isinf", "isfinite"}  # no scale changes them
+_COMPARING = {"gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal"}
 # Powers of what comes in: (of the scale that goes out, of that which comes in), which are equal.
 _POWERS = {"square": (1, 2), "sqrt": (2, 1), "rsqrt": (2, -1), "reciprocal": (1, -1)}
+# They take none of the values that come in, at most a shape: to give zeros, or memory to be written to, or others.
+_BLANK = {"zeros", "empty", "zeros_like", "new_zeros", "empty_like", "new_empty"}
+_FILLED = {"ones_like", "new_ones", "full_like", "new_full", "rand_like", "randn_like", "randint_like"}
 _ADDING = {"add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin"}
 _MULTIPLYING = {"mul", "multiply", "div", "divide", "true_divide"}
 _NORMALISING = {"layer_norm", "group_norm", "instance_norm", "rms_norm"}
 _OPERATORS = {
     f"__{prefix}{operator}__": operator for operator in ("add", "sub", "mul", "matmul") for prefix in ("", "i", "r")
-} | {"__truediv__": "div", "__itruediv__": "div", "__neg__": "neg"}
+}
+_OPERATORS |= {"__truediv__": "div", "__itruediv__": "div", "__neg__": "neg"}
+_OPERATORS |= {f"__{operator}__": operator for operator in ("gt", "ge", "lt", "le", "eq", "ne")}
 
 
 def propagate(graph: Graph, lrn: Lrn | None, outputs: Outputs = "keep") -> Scales:
@@ -72,6 +80,8 @@ class _Propagation:
         self.lrn = lrn
         self.scales = Scales()
         self.labels: dict[int, Tensor] = {}
+        self.position = 0  # of the operation that is followed
+        self.last_uses = {i: n for n, operation in enumerate(graph.operations) for i in operation.inputs}
         self.uses: dict[str, Use] = {}
         self.norms: dict[tuple[int, ...], Norm] = {}  # by what they scale
         found = graph.layers.found.values()
@@ -85,13 +95,23 @@ class _Propagation:
             **dict.fromkeys(_POOLING, self._pool),
             **dict.fromkeys(("roi_pool", "roi_align"), self._roi_pool),
             **dict.fromkeys(_REDUCING, self._reduce),
+            **dict.fromkeys(("max", "min", "median"), self._largest),
+            **dict.fromkeys(_NORMS, self._norm),
+            **dict.fromkeys(_SIGNS, lambda operation: [_full(PINNED, self._shape(operation))]),
+            **dict.fromkeys(_COMPARING, self._compare),
+            "where": self._where,
+            "masked_fill": self._masked_fill,
+            "_threshold": self._threshold,
+            "grid_sample": self._grid_sample,
+            **dict.fromkeys(MODULE_FUNCTIONS, self._unscaled),
             **dict.fromkeys(_ADDING, self._add),
             **dict.fromkeys(_MULTIPLYING, self._multiply),
             **dict.fromkeys(_POWERS, self._power),
+            **dict.fromkeys(_BLANK | _FILLED, self._make),
             "normalize": self._normalize,
-            **dict.fromkeys(("matmul", "bmm"), self._matmul),
+            **dict.fromkeys(("matmul", "bmm", "mm", "spmm", "_sparse_mm"), self._matmul),
             **dict.fromkeys(_NORMALISING, self._own_statistics),
-            **dict.fromkeys(("clamp", "clamp_min"), self._clamp),
+            **dict.fromkeys(("clamp", "clamp_min", "clip"), self._clamp),
             "copy": lambda operation: [self._of(operation.args[1]).expand(self._shape(operation))],
             "scaled_dot_product_attention": self._attention,
             "batch_norm": self._batch_norm,
@@ -100,10 +120,10 @@ class _Propagation:
         }
 
     def run(self, outputs: Outputs) -> Scales:
-        for operation in self.graph.operations:
-            name = _canonical(operation.name)
+        for position, operation in enumerate(self.graph.operations):
+            self.position, name = position, _canonical(operation.name)
             self._note_others(operation, name)
-            if operation.call is None and not any(map(self._is_followed, operation.inputs)):
+            if operation.call is None and name not in _BLANK and not any(map(self._is_followed, operation.inputs)):
                 continue
             try:
                 self._label(operation, self._apply(operation, name))
@@ -199,16 +219,21 @@ class _Propagation:
         dimensions = tuple(dimensions)
         if not dimensions:
             return labels
+        if not labels.numel():  # of images that went elsewhere when the graph was recorded
+            return _full(PINNED, [1 if d in dimensions else size for d, size in enumerate(labels.shape)])
         first = labels.amax(dimensions, keepdim=True)
         self._merge(first, labels)
         return first
 
     def _overwrite(self, index: int, labels: Tensor) -> None:
-        """Change a value in place; what was zero is so no longer, in all that shares its memory."""
-        if ((self._of(Ref(index)) == ZERO) & (labels != ZERO)).any():
-            for alias in self.graph.aliases(index):
-                if alias in self.labels:
-                    self.labels[alias] = torch.where(self.labels[alias] == ZERO, PINNED, self.labels[alias])
+        """Change a value in place; what was zero is so no longer, in all that shares its memory and is used later."""
+        before = self._of(Ref(index))
+        if ((before == ZERO) & (labels != ZERO)).any():
+            found = [other for other in self.graph.aliases(index) if other in self.labels and other != index]
+            later = [other for other in found if self.last_uses.get(other, -1) > self.position]
+            for alias in [index, *later] if later else []:
+                self.labels[alias] = torch.where(self.labels[alias] == ZERO, PINNED, self.labels[alias])
+                self.scales.pinned_by.add("memory that is written through a view")
         self.labels[index] = _compact(self._merge(labels, self._of(Ref(index))))
 
     # Rules: the labels of an operation's outputs, or None where they do not apply.
@@ -220,6 +245,9 @@ class _Propagation:
                 self.scales.pinned_by.add(_canonical(operation.name).strip("_"))
             self._pin(labels)
         return [_full(PINNED, self.graph.shapes[index]) for index in operation.outputs]
+
+    def _make(self, operation: Operation) -> list[Tensor]:
+        return [_full(ZERO if _canonical(operation.name) in _BLANK else PINNED, self._shape(operation))]
 
     def _carry(self, operation: Operation) -> list[Tensor] | None:
         if not isinstance(operation.args[0], Ref):
@@ -273,14 +301,75 @@ class _Propagation:
         pooled = self._uniform(self._of(Ref(maps)), (0, 2, 3)).expand(self._shape(operation))
         return [pooled, *(_full(PINNED, self.graph.shapes[index]) for index in operation.outputs[1:])]
 
-    def _reduce(self, operation: Operation) -> list[Tensor]:
+    def _reduce(self, operation: Operation, names: tuple[str, ...] = ("input", "dim")) -> list[Tensor] | None:
         labels, shape = self._of(operation.args[0]), self._shape(operation)
-        (dimensions,) = _given(operation, ("input", "dim"), ("dim",))
+        (dimensions,) = _given(operation, names, ("dim",))
+        if isinstance(dimensions, bool):  # of `std`, whether it is unbiased
+            return None
         if dimensions is None:
             dimensions = range(labels.ndim)
         dimensions = [dimensions] if isinstance(dimensions, int) else list(dimensions)
         labels = self._uniform(labels, dimensions)
         return [(labels if labels.ndim == len(shape) else labels.squeeze(tuple(dimensions))).expand(shape)]
+
+    def _largest(self, operation: Operation) -> list[Tensor] | None:
+        """Of two values, of all, or along a dimension: there indices come out, too."""
+        (other,) = _given(operation, ("input", "other"), ("other",))
+        if isinstance(other, Ref):
+            return self._add(operation)
+        indices = [_full(PINNED, self.graph.shapes[index]) for index in operation.outputs[1:]]
+        return [*(self._reduce(operation) or []), *indices]
+
+    def _norm(self, operation: Operation) -> list[Tensor] | None:
+        names = ("input", "p", "dim")
+        if 0 in _given(operation, names, ("p", "ord")):  # which counts
+            return None
+        return self._reduce(operation, names)
+
+    def _compare(self, operation: Operation) -> list[Tensor] | None:
+        """With 0, which no scale changes."""
+        sides = (self._of(leaf) for leaf in _given(operation, ("input", "other"), ("input", "other")))
+        return [_full(PINNED, self._shape(operation))] if any(bool((side == ZERO).all()) for side in sides) else None
+
+    def _where(self, operation: Operation) -> list[Tensor] | None:
+        if len(operation.args) != 3:
+            return None
+        condition, one, other = operation.args
+        if operation.func is Tensor.where:
+            condition, one = one, condition
+        return self._choose(operation, condition, one, other)
+
+    def _masked_fill(self, operation: Operation) -> list[Tensor]:
+        names = ("input", "mask", "value")
+        one, mask, other = _given(operation, names, names)
+        return self._choose(operation, mask, one, other)
+
+    def _choose(self, operation: Operation, condition, one, other) -> list[Tensor]:
+        self._pin(self._of(condition))
+        return [self._merge(self._of(one), self._of(other)).expand(self._shape(operation))]
+
+    def _threshold(self, operation: Operation) -> list[Tensor] | None:
+        limits = _given(operation, ("input", "threshold", "value"), ("threshold", "value"))
+        return [self._of(operation.args[0])] if limits == [0, 0] else None
+
+    def _grid_sample(self, operation: Operation) -> list[Tensor]:
+        maps, grid = _given(operation, ("input", "grid"), ("input", "grid"))
+        self._pin(self._of(grid))
+        labels = self._of(maps)
+        return [self._uniform(labels, range(2, labels.ndim)).expand(self._shape(operation))]
+
+    def _unscaled(self, operation: Operation) -> list[Tensor] | None:
+        """A convolution or linear map whose weights no scale multiplies: frozen, computed, or a fixed blur."""
+        given = dict(zip(AFFINE[operation.name], operation.args, strict=False)) | operation.kwargs
+        if self._varies(given["weight"]) or not self._varies(given["input"]):
+            return None
+        labels, shape, groups = self._of(given["input"]), self._shape(operation), given.get("groups", 1)
+        channel = labels.ndim - 1 if operation.name == "linear" else 1
+        rows = self._uniform(labels, [d for d in range(labels.ndim) if d != channel]).flatten()
+        each = self._uniform(rows.view(groups, -1), (1,)).expand(groups, shape[channel] // groups).flatten()
+        if given.get("bias") is not None:
+            each = self._merge(each, self._of(given["bias"]))
+        return [each.view(-1, *[1] * (len(shape) - 1 - channel)).expand(shape)]
 
     def _add(self, operation: Operation) -> list[Tensor]:
         one, other = _given(operation, ("input", "other"), ("input", "other"))
@@ -306,7 +395,7 @@ class _Propagation:
                 one, other = one.narrow(dimension, 0, 1), other.narrow(dimension, 0, 1)
         pairs, where = torch.stack([one.flatten(), other.flatten()]).unique(dim=1, return_inverse=True)
         found = [self._of_product(int(a), int(b), power) for a, b in pairs.T.tolist()]
-        return torch.tensor([float(label) for label in found])[where].view(one.shape).expand(shape)
+        return torch.tensor([float(label) for label in found], dtype=torch.float32)[where].view(one.shape).expand(shape)
 
     def _of_product(self, one: int, other: int, power: int) -> int:
         if ZERO in (one, other):
@@ -379,7 +468,7 @@ class _Propagation:
         if any(map(self._varies, found)):
             return None
         index = map_tree(where, lambda leaf: resolve(leaf, self.graph.fixed, SIZES[0]))
-        labels = torch.zeros(self.graph.shapes[target.index]) + ZERO
+        labels = _full(ZERO, self.graph.shapes[target.index]).clone()
         labels[index] = self._of(value)
         self._overwrite(target.index, labels)
         return []
@@ -388,7 +477,7 @@ class _Propagation:
         labels = self._of(input_of(operation.name, operation.args, operation.kwargs))
         channel = labels.ndim - 1 if layer.linear else labels.ndim - layer.weight.ndim + 1
         vector = self._uniform(labels, [d for d in range(labels.ndim) if d != channel]).flatten().long().clamp_min(0)
-        output = self.scales.new() if layer.fixed_bias is None else PINNED
+        output = self.scales.new() if layer.fixed_bias is None and labels.numel() else PINNED
         use = Use(layer, vector.view(layer.groups, -1), output)
         first = self.uses.setdefault(layer.name, use)
         if first is use:
@@ -539,7 +628,7 @@ def _given(operation: Operation, names: tuple[str, ...], wanted: tuple[str, ...]
 
 
 def _full(label: int, shape) -> Tensor:
-    return torch.tensor(float(label)).expand(shape)
+    return torch.tensor(float(label), dtype=torch.float32).expand(shape)
 
 
 def _compact(labels: Tensor) -> Tensor:

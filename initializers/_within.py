@@ -69,7 +69,7 @@ def initialize_within(
         if rule.normalise and tied is None:
             images = sum(map(len, outputs))
             flat = sigma <= rounding.maximum(FLAT * mu.abs())
-            if flat.all() and images > 1:
+            if flat.all() and images != 1:
                 row.add_note(_normalise_still(layer, outputs, mu, rule.beta))
             else:
                 row.add_note(_normalise_channels(layer, outputs, mu, sigma, flat, rule.beta))
@@ -99,7 +99,7 @@ def _rounding(layer: Layer, inputs: list[Tensor]) -> Tensor:
         others = None if layer.groups == 1 else [dimension for dimension in range(x.ndim) if dimension != channel]
         norms = torch.linalg.vector_norm(x, dim=others, dtype=torch.promote_types(x.dtype, torch.float32))
         squares += norms.double().square().view(layer.groups, -1).sum(1)
-    each = squares * layer.groups / sum(x.numel() for x in inputs)
+    each = squares * layer.groups / max(1, sum(x.numel() for x in inputs))
     each = (FLAT**2 * each).maximum(FAINT**2 * each.mean())
     norms = layer.blocks.float().square().sum((2, 3)).double() * (1.0 if layer.factor is None else layer.factor) ** 2
     return (norms * each.unsqueeze(1)).sqrt().flatten()
@@ -148,8 +148,9 @@ def _normalise_still(layer: Layer, outputs: list[Tensor], mu: Tensor, beta: floa
     fixed = torch.zeros_like(mu) if fixed is None else fixed.detach().clone()
     if layer.bias is not None and layer.factor is not None:
         fixed *= layer.factor
+    reached = any(map(len, outputs))
     size = (mu - fixed).square().mean().sqrt()
-    if size <= FLAT * fixed.square().mean().sqrt():  # the input is 0
+    if not reached or size <= FLAT * fixed.square().mean().sqrt():  # the input is 0
         size = layer.blocks.square().mean().sqrt() * math.sqrt(layer.fan_in) * (layer.factor or 1)
     layer.blocks.div_(size)
     shift = fixed - fixed / size
@@ -157,6 +158,8 @@ def _normalise_still(layer: Layer, outputs: list[Tensor], mu: Tensor, beta: floa
         layer.bias.fill_(beta / (layer.factor or 1))
         shift = beta - fixed / size
     _follow(layer, outputs, 1 / size, shift)
+    if not reached:
+        return "no image reaches it: its weights got a mean square of 1 / fan-in"
     return "its input is the same for all images, so that its size over the channels became 1, not that over the images"
 
 

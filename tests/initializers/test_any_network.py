@@ -434,6 +434,72 @@ def test_what_a_forward_pass_changes_is_as_it_was(images, call):
     copy.deepcopy(model)
 
 
+class Observed(nn.Module):
+    """Activations that are quantized as in deployment: a kernel writes to buffers and resizes them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.quantize = torch.ao.quantization.default_fused_per_channel_wt_fake_quant()
+        self.observe = torch.ao.quantization.MovingAverageMinMaxObserver()
+
+    def forward(self, x):
+        x = self.conv(self.observe(x)).relu()
+        x = x + self.quantize(self.conv.weight).mean()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao.quantization is deprecated
+@pytest.mark.parametrize("call", [initialize, failing(lambda model, images: rescale(model, images[:, :2]))])
+def test_observers_of_quantization_are_as_they_were(images, call):
+    model = Observed()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert any(not buffer.numel() for buffer in before.values())
+    call(model, images)
+    for name, buffer in model.named_buffers():
+        assert buffer.shape == before[name].shape, name
+        assert torch.equal(buffer, before[name]), name
+    assert Observed()(images).isfinite().all()
+
+
+class Adapted(nn.Linear):
+    """A layer with an adapter of low rank, which `train(False)` merges into the weight, as loralib does."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (self.up @ self.down) * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        y = nn.functional.linear(x, self.weight, self.bias)
+        return y if self.merged else y + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_going_to_evaluation_mode_may_change_weights(images, training):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Adapted(8, 5))
+    model.train(training)
+    before = state(model)
+    with pytest.raises(InitializationError):
+        rescale(model, images[:, :2])
+    assert_same(model, before)
+    outputs = model(images)
+    report = rescale(model, images)
+    assert model[4].training == training
+    assert model[4].merged == (not training)
+    assert report.spread_after < 1.05 * report.spread_before
+    assert (model(images) - outputs).norm() < 1e-5 * outputs.norm()
+
+
 def test_a_running_mean_in_the_gradient(images):
     class Tracked(nn.Module):
         def __init__(self):
@@ -531,6 +597,113 @@ def test_images_that_go_through_in_parts(images, split, filters):
     lsuv(again, images)
     whole.load_state_dict(again.state_dict())
     assert abs(whole.hidden(whole.norm(whole.conv(images)).relu().flatten(1)).std().item() - 1) < 0.03
+
+
+class Singly(nn.Module):
+    """Each image by itself, without a dimension for images."""
+
+    def __init__(self, middle, one_by_one=True):
+        super().__init__()
+        self.one_by_one = one_by_one
+        self.first, self.middle, self.head = nn.Conv2d(3, 8, 3), middle, nn.Linear(8, 5)
+
+    def part(self, x):
+        return self.head(self.middle(self.first(x).relu()).relu().mean((-2, -1)))
+
+    def forward(self, x):
+        return torch.stack([self.part(image) for image in x]) if self.one_by_one else self.part(x)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [lambda: nn.Conv2d(8, 8, 3, padding=1), lambda: nn.Conv2d(8, 8, 3, groups=4), lambda: nn.ConvTranspose2d(8, 8, 2)],
+)
+@pytest.mark.parametrize("filters", ["kmeans", "orthonormal"])
+def test_images_without_a_dimension_for_images(images, middle, filters):
+    torch.manual_seed(0)
+    model = Singly(middle())
+    report = initialize(model, images, filters, between=False)
+    if not model.middle.transposed:
+        assert [row.filters for row in report.layers][:2] == [filters] * 2
+    whole = Singly(middle(), one_by_one=False)
+    whole.load_state_dict(model.state_dict())
+    assert_normalised(whole, images, ["first", "middle", "head"])
+    report = initialize(model, images, filters)
+    assert report.spread_after < 1.05
+    assert report.output_change < 1e-5
+
+
+class Generated(nn.Module):
+    """Weights, offsets and a map that layers make of a vector, a number and coordinates, without the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.code = nn.Parameter(torch.randn(4))
+        self.weights, self.offset, self.map = nn.Linear(4, 216), nn.Linear(1, 8), nn.Conv2d(1, 8, 3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = nn.functional.conv2d(x, self.weights(self.code).view(8, 3, 3, 3))
+        grid = torch.linspace(-1, 1, 16).expand(1, 16, 16)
+        x = x + self.offset(x.new_tensor([0.5]))[:, None, None] + self.map(grid)
+        return self.head(x.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("filters", ["kmeans", "pca", "gaussian", "orthonormal"])
+def test_layers_of_what_has_no_dimension_for_images(images, filters):
+    torch.manual_seed(0)
+    model = Generated()
+    report = initialize(model, images, filters, between=False)
+    assert {row.name for row in report.layers if "same for all images" in row.note} == {"weights", "offset"}
+    grid = torch.linspace(-1, 1, 16).expand(1, 1, 16, 16)
+    assert (model.map(grid).std((0, 2, 3), correction=0) - 1).abs().max() < 1e-3
+    assert model.weights(model.code).sub(0.1).square().mean().item() == pytest.approx(1, abs=1e-3)
+    assert_normalised(model, images, ["head"])
+    assert initialize(model, images, filters).output_change < 1e-5
+
+
+def test_a_linear_layer_that_gives_a_number(images):
+    class Number(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.direction = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(8))
+
+        def forward(self, x):
+            return nn.functional.linear(self.conv(x).relu().mean((2, 3)), self.direction)
+
+    torch.manual_seed(0)
+    assert [row.name for row in initialize(Number(), images).layers] == ["conv"]
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, torch.sparse_csr])
+def test_a_graph_of_pixels(images, layout):
+    """Graph convolution; the adjacency matrix is a buffer, and sparse."""
+
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            edges = (torch.rand(256, 256, generator=torch.Generator().manual_seed(1)) < 0.05).float()
+            self.register_buffer("edges", edges if layout == torch.strided else edges.to_sparse(layout=layout))
+            self.first, self.second, self.head = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.first(x.flatten(2).transpose(1, 2)).relu()  # (images, pixels, channels)
+            columns = x.transpose(0, 1).flatten(1)
+            found = torch.mm(self.edges, columns) if layout == torch.strided else torch.sparse.mm(self.edges, columns)
+            x = self.second(found.view(256, len(x), 8).transpose(0, 1)).relu()
+            return self.head(x.mean(1))
+
+    torch.manual_seed(0)
+    model = Pixels()
+    edges = model.edges
+    initialize(model, images, between=False)
+    assert_normalised(model, images, ["first", "second", "head"])
+    report = initialize(model, images)
+    assert report.spread_after < 1.05
+    assert report.output_change < 1e-5
+    with pytest.raises(InitializationError, match="rejects"):
+        initialize(model, images[:, :2])
+    assert model.edges is edges
 
 
 @pytest.mark.parametrize("sizes", [lambda n: n > 4, lambda n: n % 16 == 0, lambda n: n % 5 == 0])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from initializers import InitializationError, change_rate, initialize, lsuv, rescale
 
@@ -38,11 +39,15 @@ MODES = {
     "inference mode": torch.inference_mode,
     "no gradients": torch.no_grad,
     "float64 by default": lambda: default(torch.set_default_dtype, torch.get_default_dtype, torch.float64),
+    "bfloat16 by default": lambda: default(torch.set_default_dtype, torch.get_default_dtype, torch.bfloat16),
     "meta by default": lambda: torch.device("meta"),
     "autocast in inference mode": lambda: both(torch.autocast("cpu"), torch.inference_mode()),
 }
 METHODS = {
     "kmeans": lambda m, x: initialize(m, x, "kmeans"),
+    "pca": lambda m, x: initialize(m, x, "pca"),
+    "zca": lambda m, x: initialize(m, x, "zca"),
+    "patches": lambda m, x: initialize(m, x, "patches"),
     "orthonormal": lambda m, x: initialize(m, x, "orthonormal"),
     "scale": lambda m, x: initialize(m, x, "gaussian", nonhomogeneous="scale"),
     "rescale": rescale,
@@ -76,9 +81,48 @@ def test_the_weights_are_the_same(mode, method, model, images):
     with MODES[mode]():
         METHODS[method](model, images)
         assert change_rate(model, images).mean == rates
+    assert_same(model, expected)
+
+
+def assert_same(model, expected):
     for (name, tensor), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
         assert torch.equal(tensor, other), name
         assert not tensor.is_inference()
+
+
+class Wide(nn.Module):
+    """More scales than half precision can number, local response normalisation, a gate, and a part that is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(3, 2, 1) for _ in range(300))
+        self.norm, self.top = nn.LocalResponseNorm(3), nn.Linear(600, 5)
+
+    def forward(self, x):
+        x = self.norm(F.relu(torch.cat([branch(x) for branch in self.branches], 1)))
+        x = x * x.mean((2, 3), keepdim=True)
+        part = torch.zeros_like(x)
+        part[:, :400] = x[:, :400]
+        return self.top((x + part).mean((2, 3)))
+
+
+def test_many_layers_where_half_precision_is_the_default(images):
+    torch.manual_seed(0)
+    model = Wide()
+    expected = copy.deepcopy(model)
+    initialize(expected, images, "gaussian", rate_images=4)
+    with default(torch.set_default_dtype, torch.get_default_dtype, torch.bfloat16):
+        initialize(model, images, "gaussian", rate_images=4)
+    assert_same(model, expected)
+
+
+def test_tensors_without_values(model, images):
+    before = copy.deepcopy(model)
+    with FakeTensorMode():
+        for call in (initialize, rescale, lsuv, change_rate):
+            with pytest.raises(InitializationError, match="FakeTensor is what torch makes here"):
+                call(model, images)
+    assert_same(model, before)
 
 
 def test_images_of_inference_mode(model, images):
@@ -114,8 +158,7 @@ def test_compiled_models_run_as_they_are_written(part, model, images):
         given = torch.compile(model, backend="eager")
     report = initialize(given, images)
     assert report.spread_after < 1.01
-    for (name, tensor), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
-        assert torch.equal(tensor, other), name
+    assert_same(model, expected)
     assert given(images).shape == (40, 5)
 
 

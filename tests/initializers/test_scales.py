@@ -38,6 +38,10 @@ class Parts(nn.Module):
         self.vector = nn.Parameter(torch.ones(4))
         self.position = nn.Parameter(torch.ones(4, 6, 6))
         self.register_buffer("shift", torch.ones(4, 1, 1))
+        self.register_buffer("kernel", torch.ones(4, 1, 3, 3))
+        self.register_buffer("mixing", torch.ones(4, 2, 2, 2))
+        self.register_buffer("matrix", torch.ones(5, 4))
+        self.register_buffer("turn", torch.ones(2, 3))
         for name, part in more.items():
             setattr(self, name, part)
         self.top = nn.LazyLinear(3)
@@ -178,6 +182,27 @@ CARRIES = {
     "unit length": lambda m, x: F.normalize(x, dim=1),
     "gating by a gate that is pinned": lambda m, x: x * torch.sigmoid(F.normalize(x, dim=1)),
     "a function of its own": lambda m, x: Square.apply(x),
+    "a choice by sign": lambda m, x: torch.where(x > 0, x, 0.1 * x) + x.where(x >= 0, torch.zeros_like(x)),
+    "a product with a mask": lambda m, x: x * (x >= 0) + x * torch.sign(x) + x * (x < torch.zeros(())).to(x.dtype),
+    "a mask that is filled": lambda m, x: x.masked_fill(x < 0, 0.0) - x.clone().masked_fill_(x.gt(0), 0),
+    "clip, threshold": lambda m, x: x.clip(min=0) + F.threshold(x, 0, 0),
+    "larger of two": lambda m, x: torch.max(x, 0.2 * x) + torch.min(x, torch.zeros_like(x)),
+    "maxout": lambda m, x: (
+        x.unflatten(1, (2, 2)).max(2)[0] + x.unflatten(1, (2, 2)).min(dim=2, keepdim=True).values[:, :, 0]
+    ),
+    "over the largest": lambda m, x: x * x / x.max(),
+    "deviation": lambda m, x: x - x.std((2, 3), keepdim=True),
+    "norm": lambda m, x: x * x.norm(dim=1, keepdim=True) / torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True),
+    "blur": lambda m, x: F.conv2d(x, m.kernel, padding=1, groups=4),
+    "turned by a constant": lambda m, x: F.linear(F.conv_transpose2d(x, m.mixing, groups=2).movedim(1, -1), m.matrix),
+    "sampled": lambda m, x: F.grid_sample(
+        x, F.affine_grid(m.turn.expand(len(x), 2, 3), x.shape, align_corners=False), align_corners=False
+    ),
+    "triangle": lambda m, x: x.tril().nan_to_num(),
+    "into zeros": lambda m, x: written(torch.zeros_like(x), x),
+    "into new zeros": lambda m, x: written(torch.zeros(len(x), 4, 6, 6, dtype=x.dtype), x),
+    "into memory": lambda m, x: written(x.new_empty(x.shape), x),
+    "constants of a shape": lambda m, x: x * torch.ones_like(x) * torch.full_like(x, 3.0),
 }
 PINS = {
     "gelu": lambda m, x: F.gelu(x),
@@ -201,7 +226,26 @@ PINS = {
     "vector of constants": lambda m, x: torch.ones(6, dtype=x.dtype) @ x,
     "index of the largest": lambda m, x: x + F.max_pool2d(x, 3, 1, 1, return_indices=True)[1] / 36,
     "lstm": lambda m, x: m.part(tokens(x))[0],
+    "a choice by size": lambda m, x: torch.where(x > 0.1, x, 0.0),
+    "a mask filled with ones": lambda m, x: x.masked_fill(x < 0, 1.0),
+    "threshold": lambda m, x: F.threshold(x, 0.1, 0.0),
+    "blur with a bias": lambda m, x: F.conv2d(x, m.kernel, m.shift[:, 0, 0], padding=1, groups=4),
+    "deviation with a constant": lambda m, x: x / (x.std((2, 3), keepdim=True) + 1e-5),
+    "number of what is not zero": lambda m, x: x + F.relu(x).norm(0, dim=1, keepdim=True),
+    "written through a view": lambda m, x: through_a_view(torch.zeros_like(x), x),
 }
+
+
+def written(target, x):
+    """Channels moved, into memory that was there."""
+    target[:, 1:] = x[:, :-1]
+    target[:, :1] = x[:, -1:]
+    return target
+
+
+def through_a_view(target, x):
+    target[:, :2].add_(x[:, 2:])
+    return target
 
 
 class Square(torch.autograd.Function):
@@ -357,7 +401,7 @@ NETWORKS = {
     "class token": (cls, 2),
     "in place": (in_place, 1),
     "slices in place": (slices_in_place, 2),
-    "assignment": (assigned, 1),
+    "assignment": (assigned, 3),
     "overwritten": (overwritten, 3),
     "zeros assigned": (lambda m, x: [x.__setitem__(x < 0, 0), m.a(x)][1], 1),
     "shared layer": (lambda m, x: m.a(F.relu(m.a(x))), 1),
@@ -429,7 +473,7 @@ NETWORKS = {
     "weight_norm": (
         lambda m, x: m.part(F.relu(x)), 2, {"part": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))}),
     "spectral_norm": (
-        lambda m, x: m.a(m.part(x)), 1,
+        lambda m, x: m.a(m.part(x)), 2,
         {"part": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1, bias=False))}),
 }  # fmt: skip
 
@@ -442,20 +486,20 @@ def test_scales_keep_the_function(network):
 
 # Networks that use a parameter in two ways, of which one would be wrong if the other scaled it.
 TWO_WAYS = {
-    "the weight, transposed": (lambda m, x: F.linear(m.fc(pooled(x)), m.fc.weight.T), 0),
+    "the weight, transposed": (lambda m, x: F.linear(m.fc(pooled(x)), m.fc.weight.T), 1),
     "the weight, summed": (lambda m, x: m.a(x) + m.a.weight.sum(), 0),
     "the weight's averages": (lambda m, x: m.a(x) * m.a.weight.mean((1, 2, 3)).view(4, 1, 1), 1),
     "the weight, in a concatenation": (lambda m, x: cat(m.fc(tokens(x)), m.fc.weight.expand(len(x), 4, 4)), 1),
-    "the weight, rectified": (lambda m, x: F.linear(m.fc(tokens(x)), m.fc.weight.relu()), 0),
-    "the weight, copied": (lambda m, x: F.linear(m.fc(tokens(x)), m.fc.weight.clone()), 0),
+    "the weight, rectified": (lambda m, x: F.linear(m.fc(tokens(x)), m.fc.weight.relu()), 1),
+    "the weight, copied": (lambda m, x: F.linear(m.fc(tokens(x)), m.fc.weight.clone()), 1),
     "some rows of the weight": (lambda m, x: cat(m.fc(tokens(x)), F.linear(tokens(m.a(x)), m.fc.weight[:2]), dim=2), 2),
     "the weight as a factor": (lambda m, x: F.linear(pooled(x), m.square).unsqueeze(1) * m.square, 1),
-    "the weight, transposed convolution": (lambda m, x: F.conv_transpose2d(F.conv2d(x, m.a.weight), m.a.weight), 0),
+    "the weight, transposed convolution": (lambda m, x: F.conv_transpose2d(F.conv2d(x, m.a.weight), m.a.weight), 1),
     "the same, concatenation": (
-        lambda m, x: F.conv_transpose2d(F.conv2d(cat(x, m.b(x)), m.wide.weight), m.wide.weight), 0),
+        lambda m, x: F.conv_transpose2d(F.conv2d(cat(x, m.b(x)), m.wide.weight), m.wide.weight), 1),
     "the weight with another bias": (
-        lambda m, x: F.linear(F.linear(pooled(x), m.square, m.vector), m.square, m.fc.bias), 0),
-    "the weight with a bias only then": (lambda m, x: F.linear(F.linear(pooled(x), m.square), m.square, m.vector), 0),
+        lambda m, x: F.linear(F.linear(pooled(x), m.square, m.vector), m.square, m.fc.bias), 1),
+    "the weight with a bias only then": (lambda m, x: F.linear(F.linear(pooled(x), m.square), m.square, m.vector), 1),
     "the weight with a bias only first": (lambda m, x: F.linear(F.linear(pooled(x), m.square, m.vector), m.square), 1),
     "the bias, added": (lambda m, x: m.fc(pooled(x)) + m.fc.bias, 1),
     "the bias as a factor": (lambda m, x: m.fc(pooled(x)) * m.fc.bias, 1),
