@@ -459,6 +459,8 @@ def _arguments(func: Callable, args: tuple, kwargs: dict) -> dict[str, Any] | No
         if found is None:
             return None
         operands = _operands(args)
+        if operands[found[0]].ndim < 2:
+            return None
         weight = operands[1 - found[0]].detach()
         return {"input": operands[found[0]], "weight": weight if found[1] else weight.t()}
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -499,7 +501,7 @@ def _linear_einsum(equation: Any) -> tuple[int, bool] | None:
     first, second = operands.split(",")
     for number, (x, matrix) in enumerate(((first, second), (second, first))):
         outputs = matrix.replace(x[-1:], "", 1)
-        if len(x) > 1 and len(matrix) == 2 and len(outputs) == 1 and outputs not in x and result == x[:-1] + outputs:
+        if len(matrix) == 2 and len(outputs) == 1 and outputs not in x and result == x[:-1] + outputs:
             return number, matrix[0] == outputs
     return None
 

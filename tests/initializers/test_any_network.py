@@ -662,17 +662,23 @@ def test_layers_of_what_has_no_dimension_for_images(images, filters):
     assert initialize(model, images, filters).output_change < 1e-5
 
 
-def test_a_linear_layer_that_gives_a_number(images):
+def test_products_of_vectors_are_no_layers(images):
     class Number(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv, self.direction = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(8))
+            self.code, self.matrix = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4, 8))
 
         def forward(self, x):
-            return nn.functional.linear(self.conv(x).relu().mean((2, 3)), self.direction)
+            x = self.conv(x).relu().mean((2, 3))
+            for equation in ("i,io->o", "...i,io->...o"):
+                x = x + torch.einsum(equation, self.code, self.matrix)
+            return nn.functional.linear(x, self.direction)
 
     torch.manual_seed(0)
-    assert [row.name for row in initialize(Number(), images).layers] == ["conv"]
+    report = initialize(Number(), images)
+    assert [row.name for row in report.layers] == ["conv"]
+    assert report.kept == {"matrix": "used by einsum"}
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, torch.sparse_csr])
