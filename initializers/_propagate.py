@@ -365,6 +365,8 @@ class _Propagation:
             return None
         labels, shape, groups = self._of(given["input"]), self._shape(operation), given.get("groups", 1)
         channel = labels.ndim - 1 if operation.name == "linear" else 1
+        if len(shape) <= channel:  # of a product with a vector
+            return None
         rows = self._uniform(labels, [d for d in range(labels.ndim) if d != channel]).flatten()
         each = self._uniform(rows.view(groups, -1), (1,)).expand(groups, shape[channel] // groups).flatten()
         if given.get("bias") is not None:
