@@ -157,8 +157,21 @@ Written by `python scripts/make_tables.py` from the records in `results/runs/` a
 The rule: {FLAT}. Mishkin & Matas (2016) state .05 epochs for CaffeNet with LSUV and .5 for the reference, and that LSUV
 ends 1.3 points lower; for GoogLeNet top-1 accuracies of 68.0 with LSUV and 67.2.
 """
+DEPTH = f"""\
+# Depth: which initializations let deep plain networks train
+
+Written by `python scripts/make_tables.py` from the records in `results/runs/`: do not edit.
+
+Iterations until the loss leaves the flat part of its beginning, for each depth; a dash where it does not within the
+training, and what stopped it where something did. Then, of the deepest network before training, from the first hidden
+layer to the last: the variance of the outputs, that of the gradient, and the share of outputs that are saturated. The
+rule: {FLAT}.
+"""
 # Settings of small_images.py that are columns of a block.
 VARIANTS = ("config.model.activation", "config.model.batch_norm", "config.model.depth", "config.loss")
+AT_THE_START = {"outputs": ("forward", ".1e"), "gradient": ("backward", ".1e"), "saturated": ("saturated", ".0%")}
+NETWORK = ("config.network.kind", "config.network.activation")  # of depth.py
+OF_DEPTH = [*NETWORK, "config.network.depths", "config.network.width", "config.data.train", "config.data.test"]
 OF_SMALL = [*VARIANTS, "config.data.train", "config.data.test"]  # that no title names
 IMAGES, HELD_OUT = "config.data.images", "config.data.held_out"
 
@@ -235,7 +248,7 @@ def make_tables(paths: Sequence[Path], paper: Path, families: Path | None = None
     tables = table1(caffenet, paper) | table2(scratch, paper) | table3(trained, paper, names) | section44(others, paper)
     tables |= first_losses(beginnings, paper)
     tables |= detection(results(paths, "voc_det", DETECTION_METRICS, but=[RATE]), paper, names)
-    tables |= small_images(paths, paper) | flat_part(paths)
+    tables |= small_images(paths, paper) | flat_part(paths) | depth(paths)
     if families is not None and families.exists():
         tables |= families_table(families)
     return tables
@@ -539,6 +552,54 @@ def flat_epochs(row: pd.Series) -> float:
         return float("nan") if left is None else left / row["record"]["epoch"]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise no_record(row["path"], repr(error)) from error
+
+
+def depth(paths: Sequence[Path]) -> dict[str, str]:
+    """What trains in the networks of depth.py, and how signals pass the deepest; no table without records."""
+    records = read_records(paths, "depth", {})
+    if records.empty:
+        return {}
+    texts, parts = [], []
+    for protocol, block in by_protocol(records, OF_DEPTH).items():
+        block = one_of_each_seed(block, NETWORK)
+        for _, row in block.sort_values([*NETWORK, "seed"]).iterrows():
+            cells = networks_of(row)
+            name = f"{row[NETWORK[0]]}, {row[NETWORK[1]]}" + f", seed {row['seed']}" * (row["seed"] != 0)
+            shown = cells.pivot(index="line", columns="depth", values="trains")
+            shown = shown.reindex(index=[*dict.fromkeys(cells["line"])], columns=[*dict.fromkeys(cells["depth"])])
+            titles = ["", *map(str, shown), *AT_THE_START]
+            lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+            deepest = cells[cells["depth"] == shown.columns[-1]].set_index("line")
+            for line, trains in shown.iterrows():
+                lines.append([str(line), *trains, *deepest.loc[line, [*AT_THE_START]]])
+            table = "".join(f"| {' | '.join(map(plain, line))} |\n" for line in lines)
+            texts.append(f"## {name} ({plain(protocol)})\n\n{table}{origin(block[block.index == row.name])}")
+            parts.append(cells.assign(network=row[NETWORK[0]], activation=row[NETWORK[1]], seed=row["seed"]))
+    return files("depth", DEPTH, texts, pd.concat(parts))
+
+
+def networks_of(row: pd.Series) -> pd.DataFrame:
+    """What came of each network of a run of depth.py, as text."""
+    try:
+        networks = pd.DataFrame([outcome_of(cell) for cell in row["record"]["cells"]])
+        if networks.empty or networks.duplicated(["line", "depth"]).any():
+            raise ValueError("cells should be one of each initialization and depth")
+        return networks
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise no_record(row["path"], repr(error)) from error
+
+
+def outcome_of(cell: dict) -> dict:
+    """What came of one of them: whether it trains, and how its first and its last hidden layer are before training."""
+    trains = "-" if cell["takes_off"] is None else f"{cell['takes_off']:d}"
+    found = {"depth": cell["depth"], "line": str(cell["line"])}
+    found["trains"] = "fails" if cell["failed"] else "diverges" if cell["diverged"] else trains
+    hidden = cell["layers"][:-1]
+    for name, (key, digits) in AT_THE_START.items():
+        ends = [hidden[i][key] for i in (0, -1)] if hidden else []
+        said = ["?" if end is None else format(float(end), digits) if end else "0" for end in ends]
+        found[name] = "" if key == "saturated" and None in ends else " → ".join(said)
+    return found
 
 
 def comparison(

@@ -401,3 +401,65 @@ def test_from_the_clone_to_ones_own_initialization_beside_the_table(finish, tmp_
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("init=kmeans "))
     assert re.search(r" 3 +[+-][\d.]+ +[+-][\d.]+ to [+-][\d.]+  (with|bey)", line)
     assert "`orthogonal`" in (tmp_path / "outputs/tables/table2.md").read_text()
+
+
+def test_what_is_said_of_depth_is_that_of_the_records():
+    page = " ".join((ROOT / "docs" / "lsuv.md").read_text().split())
+    table = pd.read_csv(ROOT / "results" / "tables" / "depth.csv", dtype=str, keep_default_na=False)
+    cells = {(row["network"], row["activation"], row["line"], row["depth"]): row for _, row in table.iterrows()}
+
+    def trains(kind, activation, line):
+        """The depths that train, and after how many iterations."""
+        own = {depth: row["trains"] for (*key, depth), row in cells.items() if key == [kind, activation, line]}
+        return {depth: int(found) for depth, found in own.items() if found.isdigit()}
+
+    def ends(line, name, activation="tanh"):
+        return cells["linear", activation, line, "64"][name].split(" → ")
+
+    xavier = [f"Xavier, {fan}" for fan in ("fan-in", "fan-out", "average")]
+    first = [ends(line, "outputs")[0] for line in xavier]
+    saturated = [ends(line, "saturated")[0] for line in xavier]
+    he = trains("vgg", "relu", "He").values()
+    for said in (
+        "with a std of .01 the variance of the outputs falls from {} to {} as".format(*ends("Gaussian .01", "outputs")),
+        "{} of the outputs of the first hidden layer and {} of those of".format(*ends("Gaussian .5", "saturated")),
+        "a variance of {} by fan-in, {} by fan-out and {} by their average".format(*first),
+        "{}, {} and {} saturated with tanh".format(*saturated),
+        "64 layers: {} → {} from the first hidden layer".format(*ends("He", "outputs", "relu")),
+        "where Xavier (fan-in) has {} → {};".format(*ends("Xavier, fan-in", "outputs", "relu")),
+        f"He trains A to E after {min(he)} to {max(he)} iterations, and 64 fully connected layers after "
+        f"{trains('linear', 'relu', 'He')['64']};",
+    ):
+        assert said in page
+    assert trains("linear", "tanh", "Gaussian .01") == {}
+    assert [*trains("linear", "tanh", "Gaussian .5")] == ["4", "8"]
+    assert all(len(trains("linear", "tanh", line)) == 5 for line in xavier)
+    assert all([*trains("linear", "relu", line)] == ["4", "8", "16"] for line in xavier)
+    assert trains("vgg", "relu", "Gaussian .01") == {}
+    assert [*trains("vgg", "relu", "Xavier, fan-in")] == ["A", "B"]
+    assert len(he) == len(trains("linear", "relu", "He")) == 5
+    for line in ("He", "LSUV", "k-means (ours)"):
+        assert [*trains("convolution", "relu", line)] == ["4", "8", "16"]
+    assert {*trains("vgg", "relu", "k-means (ours)").values()} == {10}
+    beyond = {line: [*trains("linear", "sigmoid", line)][2:] for line in table["line"].unique()}
+    assert {line: depths for line, depths in beyond.items() if depths} == {
+        "Gaussian (ours)": ["16", "32"],
+        "k-means (ours)": ["16"],
+    }
+    assert {cells["linear", "relu", line, "32"]["trains"] for line in ("Gaussian (ours)", "k-means (ours)")} == {
+        "diverges"
+    }
+
+
+@pytest.mark.parametrize(
+    ("folder", "line", "way", "said"),
+    [
+        ("results/causes/paper-linear-relu-seed0-cba4886a", "within", "backward", "to {} in 64 layers"),
+        ("results/runs/depth/paper-linear-relu-seed0-c8353f63", "Gaussian (ours)", "forward", "reaches {} half way"),
+    ],
+)
+def test_how_ours_passes_deep_networks(folder, line, way, said):
+    record = json.loads((ROOT / folder / "record.json").read_text())
+    (cell,) = (cell for cell in record["cells"] if (cell["depth"], cell["line"]) == (64, line))
+    largest = max(layer[way] for layer in cell["layers"])
+    assert said.format(f"{largest:.1e}") in " ".join((ROOT / "docs" / "lsuv.md").read_text().split())

@@ -55,7 +55,7 @@ class _Train(_Part):
 class _Config(_Part):
     init: _Named
     data: _Named
-    model: _Model
+    model: _Model | None = None  # depth.py makes its networks of other settings
     train: _Train
 
 

@@ -112,3 +112,42 @@ def test_how_long_imagenets_loss_stays_flat(add, tmp_path):
 def test_without_records_there_are_no_such_tables(add, tmp_path):
     (tmp_path / "runs").mkdir()
     assert not {"small_images.md", "flat_part.md"} & make(tmp_path).keys()
+
+
+def cell(depth, line, takes_off, values=(1.0, 2.0), **more):
+    layers = [
+        {"layer": f"{i}", "forward": v, "backward": 1 / v if v else v, "saturated": 0.1} for i, v in enumerate(values)
+    ]
+    last = {"layer": "top", "forward": 9.0, "backward": 9.0, "saturated": None}
+    found = {"takes_off": takes_off, "diverged": None, "failed": None} | more
+    return {"depth": depth, "line": line, "layers": [*layers, last], **found}
+
+
+def test_what_trains_at_which_depth(add, tmp_path):
+    cells = [cell(4, "He", 20), cell(8, "He", None, (1.0, 4.0, 1e-30)), cell(4, "Xavier", 30, diverged="loss is nan")]
+    cells.append(cell(8, "Xavier", None, (0.0, None)))
+    cells += [{"depth": depth, "line": "ours", "layers": [], "takes_off": None} for depth in (4, 8)]
+    cells[-2:] = [last | {"diverged": None, "failed": "no layer learns"} for last in cells[-2:]]
+    add("a", "network.activation=tanh", "network.depths=[4,8]", command="depth", cells=cells)
+    add("b", "network.activation=tanh", "network.depths=[4,8]", "seed=1", command="depth", cells=cells[:2])
+    found = make(tmp_path)
+    first, second = found["depth.md"].split("## ")[1:]
+    assert first.startswith("linear, tanh (paper, 300 iterations")
+    assert second.startswith("linear, tanh, seed 1 (")
+    assert [line for line in first.splitlines() if line.startswith("| ")] == [
+        "|  | 4 | 8 | outputs | gradient | saturated |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| He | 20 | - | 1.0e+00 → 1.0e-30 | 1.0e+00 → 1.0e+30 | 10% → 10% |",
+        "| Xavier | diverges | - | 0 → ? | 0 → ? | 10% → 10% |",
+        "| ours | fails | fails |  |  |  |",
+    ]
+    path = tmp_path / "depth.csv"
+    path.write_text(found["depth.csv"])
+    assert len(pd.read_csv(path)) == 8
+
+
+@pytest.mark.parametrize("cells", [None, 5, [], [1], [{"depth": 4}], [cell(4, "He", "soon")], [cell(4, "He", 10)] * 2])
+def test_a_record_of_depth_that_is_damaged_is_named(add, tmp_path, cells):
+    add("a", command="depth", **({} if cells is None else {"cells": cells}))
+    with pytest.raises(ValueError, match=r"record\.json is no result record .*: repair it, or move it"):
+        make(tmp_path)
