@@ -463,3 +463,12 @@ def test_how_ours_passes_deep_networks(folder, line, way, said):
     (cell,) = (cell for cell in record["cells"] if (cell["depth"], cell["line"]) == (64, line))
     largest = max(layer[way] for layer in cell["layers"])
     assert said.format(f"{largest:.1e}") in " ".join((ROOT / "docs" / "lsuv.md").read_text().split())
+
+
+def test_mnist_is_that_of_the_record():
+    table = pd.read_csv(ROOT / "results" / "tables" / "small_images.csv")
+    (row,) = (row for _, row in table.iterrows() if "data.name=mnist" in row["preset"] and row["init"] == "lsuv")
+    assert (
+        f"| {row['top1'] / 100:.4f}, one seed, at full scale".replace("| 0.", "| .")
+        in (ROOT / "docs/lsuv.md").read_text()
+    )
