@@ -98,13 +98,13 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have one shape and hold the same."""
     if one.shape != other.shape:
         return False
-    if one.layout != torch.strided:
+    if one.layout != torch.strided or one.is_meta:
         return all(map(same_bits, _parts(one), _parts(other)))
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """What a sparse tensor consists of."""
+    """What a sparse tensor consists of; nothing of a tensor without values."""
     if tensor.layout == torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

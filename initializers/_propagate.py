@@ -82,6 +82,7 @@ class _Propagation:
         self.labels: dict[int, Tensor] = {}
         self.position = 0  # of the operation that is followed
         self.last_uses = {i: n for n, operation in enumerate(graph.operations) for i in operation.inputs}
+        self.last_uses |= dict.fromkeys(graph.outputs, len(graph.operations))
         self.uses: dict[str, Use] = {}
         self.norms: dict[tuple[int, ...], Norm] = {}  # by what they scale
         found = graph.layers.found.values()

@@ -450,6 +450,15 @@ class Observed(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+def test_a_buffer_without_values_is_left(images):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.Flatten())
+    model.register_buffer("later", torch.empty(3, device="meta"))
+    initialize(model, images)
+    with pytest.raises(InitializationError):
+        rescale(model, images[:, :2])
+    assert model.later.is_meta
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.ao.quantization is deprecated
 @pytest.mark.parametrize("call", [initialize, failing(lambda model, images: rescale(model, images[:, :2]))])
 def test_observers_of_quantization_are_as_they_were(images, call):

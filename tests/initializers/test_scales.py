@@ -525,6 +525,26 @@ def test_a_parameter_with_two_uses_is_left_alone(network):
     check(lambda: build(function, **(more[0] if more else {})), number)
 
 
+def test_what_is_returned_keeps_what_was_written_through_a_view():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.top = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            x = self.top(F.relu(self.stem(x)))
+            y = torch.zeros_like(x)
+            y.flatten(1).add_(x.flatten(1))
+            return y
+
+    torch.manual_seed(0)
+    model = Written().double()
+    expected = model(FRESH)
+    report = rescale(model, draw(1))
+    assert distance(model(FRESH), expected) < 1e-10
+    assert report.spread_after < 1.001
+
+
 @pytest.mark.parametrize(
     ("options", "number", "measured"),
     [({}, 7, 2), ({"lrn": False}, 7, 0), ({"batch_norm": True}, 14, 0), ({"batch_norm": True, "lrn": False}, 14, 0)],
