@@ -55,8 +55,8 @@ _WEIGHT_GRADIENTS = {3: grad.conv1d_weight, 4: grad.conv2d_weight, 5: grad.conv3
 NO_LAYER = "the model has no affine layer (convolution or linear) that runs and is not frozen: there is nothing to do"
 ALL_COMPUTED = (
     "the model computes the weights of all its layers, as spectral_norm and other parametrizations, pruning and "
-    "quantization do: remove these (torch.nn.utils.parametrize.remove_parametrizations), initialize, and register them "
-    "again"
+    "quantization do: initialize it before these are added, or remove them "
+    "(torch.nn.utils.parametrize.remove_parametrizations), initialize, and register them again"
 )
 TRANSFORMED = (
     "the model computes inside torch.vmap or another transform of torch.func, where its layers cannot be seen: give "
@@ -263,22 +263,21 @@ class Layers:
         """Whether this is the product that `AuxiliaryScaling` computes, of a parameter and its factor."""
         return getattr(func, "__name__", "") == "mul" and len(args) == 2 and id(args[1]) in self._factors
 
-    def call(self, func: Callable, args: tuple, kwargs: dict, sources: dict) -> Call | None:
-        """The use of an affine layer that this call of a torch function is; None if it is none.
+    def call(self, function: str, given: dict[str, Any], sources: dict) -> Call | None:
+        """The use of an affine layer that this call of an affine function is; None if it is none.
 
         Args:
+            function: of the function.
+            given: its arguments by name.
             sources: by the memory of what an `AuxiliaryScaling` computed: that tensor, its parameter and its factor.
         """
-        given = _arguments(func, args, kwargs)
-        if given is None:
-            return None
         weight, factor = _source(given["weight"], sources)
         bias, _ = (None, None) if given.get("bias") is None else _source(given["bias"], sources)
         name = self._name(weight)
         if name is None or self._is_kept(weight) or weight.is_complex():
-            self.computed |= name is None and func.__name__ in MODULE_FUNCTIONS and not self._is_buffer(weight)
+            self.computed |= name is None and function in MODULE_FUNCTIONS and not self._is_buffer(weight)
             return None
-        transposed = func.__name__.startswith("conv_transpose")
+        transposed = function.startswith("conv_transpose")
         layer = self.found.get(name)
         if layer is None:
             fixed = bias if bias is not None and (self.rows(bias) is None or self._is_kept(bias)) else None
@@ -385,7 +384,8 @@ class AffineMode(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
-        if _unbatched(func, args, kwargs):
+        given = _arguments(func, args, kwargs)
+        if given is not None and _unbatched(given):
             with self:
                 return _as_batch(func, args, kwargs)
         probability, active = dropout_of(func.__name__, args, kwargs)
@@ -393,7 +393,7 @@ class AffineMode(TorchFunctionMode):
             self.layers.functional_dropout.add(probability)
         if func.__name__ in RANDOM:
             self.layers.random.add(func.__name__.removesuffix("_"))
-        call = self.layers.call(func, args, kwargs, self.sources)
+        call = None if given is None else self.layers.call(func.__name__, given, self.sources)
         output = self.operation(func, args, kwargs, call)
         if self.layers.is_scaling(func, args):
             self.sources[memory(output)] = (output, *args)
@@ -472,12 +472,9 @@ def _arguments(func: Callable, args: tuple, kwargs: dict) -> dict[str, Any] | No
     return given | {"weight": weight.detach().t()}
 
 
-def _unbatched(func: Callable, args: tuple, kwargs: dict) -> bool:
-    """Whether this is an affine function of one image, without a dimension of images."""
-    given = _arguments(func, args, kwargs)
-    if given is None or "input" not in given:
-        return False
-    return bool(given["input"].ndim == max(1, given["weight"].ndim - 1))
+def _unbatched(given: dict[str, Any]) -> bool:
+    """Whether these are the arguments of an affine function of one image, without a dimension of images."""
+    return "input" in given and bool(given["input"].ndim == max(1, given["weight"].ndim - 1))
 
 
 def _as_batch(func: Callable, args: tuple, kwargs: dict) -> Tensor:

@@ -226,6 +226,10 @@ class _Propagation:
         self._merge(first, labels)
         return first
 
+    def _by_channel(self, labels: Tensor, channel: int) -> Tensor:
+        """Force each channel to one scale; their labels."""
+        return self._uniform(labels, [d for d in range(labels.ndim) if d != channel]).flatten()
+
     def _overwrite(self, index: int, labels: Tensor) -> None:
         """Change a value in place; what was zero is so no longer, in all that shares its memory and is used later."""
         before = self._of(Ref(index))
@@ -368,8 +372,8 @@ class _Propagation:
         channel = labels.ndim - 1 if operation.name == "linear" else 1
         if len(shape) <= channel:  # of a product with a vector
             return None
-        rows = self._uniform(labels, [d for d in range(labels.ndim) if d != channel]).flatten()
-        each = self._uniform(rows.view(groups, -1), (1,)).expand(groups, shape[channel] // groups).flatten()
+        rows = self._by_channel(labels, channel).view(groups, -1)
+        each = self._uniform(rows, (1,)).expand(groups, shape[channel] // groups).flatten()
         if given.get("bias") is not None:
             each = self._merge(each, self._of(given["bias"]))
         return [each.view(-1, *[1] * (len(shape) - 1 - channel)).expand(shape)]
@@ -478,8 +482,7 @@ class _Propagation:
 
     def _affine(self, operation: Operation, layer: Layer) -> list[Tensor]:
         labels = self._of(input_of(operation.name, operation.args, operation.kwargs))
-        channel = labels.ndim - 1 if layer.linear else labels.ndim - layer.weight.ndim + 1
-        vector = self._uniform(labels, [d for d in range(labels.ndim) if d != channel]).flatten().long().clamp_min(0)
+        vector = self._by_channel(labels, labels.ndim - 1 if layer.linear else 1).long().clamp_min(0)
         output = self.scales.new() if layer.fixed_bias is None and labels.numel() else PINNED
         use = Use(layer, vector.view(layer.groups, -1), output)
         first = self.uses.setdefault(layer.name, use)
@@ -501,7 +504,7 @@ class _Propagation:
         if operation.func is not F.batch_norm or training or len(statistics) < 2 or None in statistics:
             return None
         labels = self._of(x)
-        incoming = self._uniform(labels, [d for d in range(labels.ndim) if d != 1]).flatten().long().clamp_min(0)
+        incoming = self._by_channel(labels, 1).long().clamp_min(0)
         self._pin_through_lrn(incoming)
         parameters = self._parameters(weight, bias)
         if parameters is None:
