@@ -1,4 +1,4 @@
-"""Draw loss curves from the records of runs: Figures 3 and 4 of the paper on ImageNet, and those on VOC 2007.
+"""Draw the records of runs: Figures 3 and 4 of the paper on ImageNet, loss curves on VOC 2007, and signals in depth.
 
     python scripts/make_figures.py                                 # results/runs -> results/figures
     python scripts/make_figures.py --runs outputs --out figures    # of one's own
@@ -6,20 +6,22 @@
 Writes figure3-<preset>.png (CaffeNet) and figure4-<preset>.png (GoogLeNet) for the presets that there are records of,
 and <network>-<preset>.png for other networks; names of other data follow. What the paper does not show is a line of its
 own, below the paper's; each seed is a curve in the colour of its line. The training losses on VOC 2007 are
-voc_cls-<preset>-<iterations>.png and voc_det-<preset>-<iterations>.png. Figures 1 and 2 are drawn by
-experiments/change_rate.py and experiments/neighbors.py.
+voc_cls-<preset>-<iterations>.png and voc_det-<preset>-<iterations>.png. A record of depth.py is drawn as its run does,
+depth-<network>-<activation>-variance.png and -map.png. Figures 1 and 2 are drawn by experiments/change_rate.py and
+experiments/neighbors.py.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from experiments.depth import draw_map, draw_variances
 from experiments.engine.figures import LINES, MARKERS, encoded, line_of, style_of
 from experiments.engine.records import (
     assigned,
@@ -75,7 +77,7 @@ def figures_of(folders: list[Path], paths: list[Path]) -> dict[str, bytes]:
     figures = make_figures(paths)
     if not figures:
         raise ValueError(
-            "no record of imagenet.py, voc_cls.py or voc_det.py under "
+            "no record of imagenet.py, voc_cls.py, voc_det.py or depth.py under "
             f"{', '.join(map(str, folders))}: name its folder as --runs FOLDER"
         )
     return figures
@@ -94,15 +96,35 @@ def make_figures(paths: Sequence[Path]) -> dict[str, bytes]:
         figure = next((name for name, network in NETWORKS.items() if network == target), None)
         parts = [figure or target.rpartition(".")[2], preset, *([data] if data != DATA.get(preset, "imagenet") else [])]
         stem = re.sub(r"[^\w.-]+", "-", "-".join(parts))
-        numbered = (f"{stem}{'' if number == 1 else f'-{number}'}.png" for number in count(1))
-        name = next(name for name in numbered if name not in figures)  # networks of two packages may share a name
-        figures[name] = draw(figure, read_runs(group, figure))
+        figures[unused(f"{stem}.png", figures)] = draw(figure, read_runs(group, figure))
     for experiment in ("voc_cls", "voc_det"):
         for protocol, block in by_protocol(read_records(paths, experiment, {})).items():
             if len(block):
                 stem = re.sub(r"\W+", "-", f"{experiment} {protocol}".replace(",", "").replace(" iterations", ""))
                 figures[f"{stem}.png"] = draw_voc(f"{experiment}, {protocol}", block)
+    for _, row in read_records(paths, "depth", {}).iterrows():
+        for name, picture in draw_depth(row).items():
+            figures[unused(name, figures)] = picture
     return figures
+
+
+def unused(name: str, figures: Mapping) -> str:
+    """The name, or with a number where there is a figure of it: networks of two packages may share a name."""
+    stem, dot, end = name.rpartition(".")
+    numbered = (f"{stem}-{number}{dot}{end}" for number in count(2))
+    return next(free for free in chain([name], numbered) if free not in figures)
+
+
+@plt.rc_context({"text.parse_math": True})  # the powers of ten beside its axes
+def draw_depth(row: pd.Series) -> dict[str, bytes]:
+    """The pictures that a run of depth.py draws, from its record, by their names here."""
+    try:
+        cells, network = row["record"]["cells"], row["config"]["network"]
+        stem = re.sub(r"[^\w.-]+", "-", f"depth-{network['kind']}-{network['activation']}")
+        variances = draw_variances(cells, network["depths"][-1])
+        return {f"{stem}-variance.png": variances, f"{stem}-map.png": draw_map(cells)}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise no_record(row["path"], repr(error)) from error
 
 
 def draw_voc(title: str, block: pd.DataFrame) -> bytes:

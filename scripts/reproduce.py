@@ -247,8 +247,9 @@ def make_all(output: Path) -> bool:
         print("no run has left a record: there are no tables to make", file=sys.stderr)
         return True
     lines = [["make_tables.py", output / "tables"]]
-    lines += [["make_figures.py", output / "figures"]] if {"imagenet", "voc_cls", "voc_det"} & {*records} else []
-    lines += [["make_report.py", output]]
+    if {"imagenet", "voc_cls", "voc_det", "depth"} & {*records}:
+        lines.append(["make_figures.py", output / "figures"])
+    lines.append(["make_report.py", output])
     done = [
         subprocess.run([sys.executable, ROOT / "scripts" / script, "--runs", output, "--out", out])
         for script, out in lines

@@ -196,6 +196,24 @@ def test_a_damaged_record_or_curve_is_named_and_nothing_is_written(tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_of_depth_has_its_two_pictures(tmp_path, drawn):
+    (source,) = (ROOT / "results" / "runs" / "depth").glob("paper-vgg-*")
+    for name in ("a", "b"):
+        shutil.copytree(source, tmp_path / name)
+    record = json.loads((tmp_path / "b" / "record.json").read_text())
+    depths = record["config"]["network"]["depths"]
+    cells = [cell for cell in record["cells"] if cell["depth"] == depths[-1]]
+    names = ["depth-vgg-relu-variance.png", "depth-vgg-relu-map.png"]
+    assert [*make(tmp_path)] == names + [name.replace(".png", "-2.png") for name in names]
+    line = drawn[0].axes[0].get_lines()[0]
+    assert (line.get_label(), line.get_ydata()[0]) == (cells[0]["line"], cells[0]["layers"][0]["forward"])
+    assert drawn[0].axes[0].get_yticklabels()[0].get_parse_math()  # of powers of ten
+    record["cells"] = [{"depth": 4}]
+    (tmp_path / "b" / "record.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"{tmp_path / 'b' / 'record.json'} is no result record .*line.*: repair it"):
+        make(tmp_path)
+
+
 def test_the_committed_figures_are_those_of_the_records():
     names = [*make(ROOT / "results" / "runs")]
     committed = [path.name for path in (ROOT / "results" / "figures").glob("*-*.png")]
