@@ -47,8 +47,8 @@ def train_and_validate(cfg: DictConfig, folder: Path, device: torch.device) -> N
         for part, found in (("train", training), ("val", validation))
     )
     model = make_network(cfg.model, len(training.classes)).to(device)
-    crops = {"size": cfg.crop.size, "mean": tuple(cfg.data.mean), "device": device, "workers": workers_of(cfg)}
-    crops |= {"rank": distributed.rank(), "world": distributed.size()}
+    crops = {"size": cfg.crop.size, "mean": tuple(cfg.data.mean), "scale": cfg.data.scale, "device": device}
+    crops |= {"workers": workers_of(cfg), "rank": distributed.rank(), "world": distributed.size()}
     batches = FolderBatches(
         images,
         training.labels,
@@ -112,7 +112,7 @@ def initialize(cfg: DictConfig, model: nn.Module, images: Images) -> dict:
     if "images" in cfg.init:
         generator = torch.Generator().manual_seed(cfg.seed)
         index = at_random(cfg.init.images, torch.arange(len(images)), generator, "init.images")
-        chosen = whole_images(images, index, cfg.crop.size, tuple(cfg.data.mean))
+        chosen = whole_images(images, index, cfg.crop.size, tuple(cfg.data.mean), cfg.data.scale)
         chosen = chosen.to(next(model.parameters()).device)
     # Not with weights from a file, which know the network by its own names.
     together = len(model.classifiers) > 1 and chosen is not None and cfg.init._target_ != PRETRAINED

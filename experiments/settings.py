@@ -47,6 +47,7 @@ RULES: dict[str, Any] = {
     "data.images": Count | None,
     "data.held_out": Count | None,
     "data.mean": Colour,
+    "data.scale": Positive,
     "mean": Colour,
     "proposals": Text | None,
     "new_layers": Literal["fast_rcnn", "initialized"],

@@ -111,6 +111,7 @@ def batches_of(cfg: DictConfig, images: Images, labels: torch.Tensor, workers: i
         size=cfg.crop.size,
         mirror=True,
         mean=tuple(cfg.data.mean),
+        scale=cfg.data.scale,
         workers=workers,
         device=device,
     )

@@ -249,7 +249,7 @@ class FolderBatches:
         seed: of orders and crops.
         size: pixels of the side of a crop; no source pixel is scaled.
         mirror: turn half of the crops left to right.
-        mean: as in `crop`.
+        mean, scale: as in `cut`.
         workers: processes that decode; 0: none but this.
         device: of the crops.
 
@@ -270,6 +270,7 @@ class FolderBatches:
         size: int,
         mirror: bool,
         mean: Sequence[float],
+        scale: float,
         workers: int,
         device: torch.device,
     ):
@@ -281,7 +282,8 @@ class FolderBatches:
             )
         check_size(size, images)
         self.images, self.labels = images, labels
-        self.size, self.mirror, self.mean, self.workers, self.device = size, mirror, mean, workers, device
+        self.size, self.mirror, self.mean, self.scale = size, mirror, mean, scale
+        self.workers, self.device = workers, device
         self.draws = _Draws(len(images), batch_size, parts, rank, world, seed)
         self.next, self.stream = -1, iter(())
 
@@ -296,7 +298,7 @@ class FolderBatches:
         index, found = next(self.stream)
         self.next = number + 1
         y, x, turn = self.draws.crops(number)
-        inputs = cut(found, self.size, y, x, (turn < 0.5) & self.mirror, self.mean)
+        inputs = cut(found, self.size, y, x, (turn < 0.5) & self.mirror, self.mean, self.scale)
         bad = torch.tensor([is_bad(image) for image in found])
         return inputs, self.labels[index].masked_fill(bad, BAD).to(self.device)
 
@@ -346,7 +348,9 @@ def is_bad(image: Tensor) -> bool:
     return image.numel() == 3
 
 
-def cut(images: Sequence[Tensor], size: int, y: Tensor, x: Tensor, flip: Tensor, mean: Sequence[float]) -> Tensor:
+def cut(
+    images: Sequence[Tensor], size: int, y: Tensor, x: Tensor, flip: Tensor, mean: Sequence[float], scale: float
+) -> Tensor:
     """Squares of `size` pixels as they are, out of B images, as Caffe cuts them.
 
     Args:
@@ -354,9 +358,11 @@ def cut(images: Sequence[Tensor], size: int, y: Tensor, x: Tensor, flip: Tensor,
         y, x: where each square lies, as a fraction of the way from the top and from the left; float64 (B,), on the CPU.
         flip: whether it is mirrored left to right; bool (B,).
         mean: three values, BGR.
+        scale: multiplies what is left.
 
     Returns:
-        float32 (B, 3, size, size) on that device: 0..255, BGR, minus `mean`; black for an image that is bad.
+        float32 (B, 3, size, size) on that device: 0..255, BGR, minus `mean`, times `scale`; black for an image that is
+        bad.
     """
     device = images[0].device
     squares = []
@@ -371,7 +377,7 @@ def cut(images: Sequence[Tensor], size: int, y: Tensor, x: Tensor, flip: Tensor,
     batch[turned] = batch[turned].flip(2)
     planes = torch.empty(len(batch), 3, size, size, device=device)
     for plane, channel, value in zip(planes.unbind(1), (2, 1, 0), mean, strict=True):
-        plane.copy_(batch[..., channel]).sub_(value)
+        plane.copy_(batch[..., channel]).sub_(value).mul_(scale)
     return planes
 
 
@@ -383,6 +389,7 @@ def centres(
     world: int,
     size: int,
     mean: Sequence[float],
+    scale: float,
     workers: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -394,14 +401,17 @@ def centres(
     mine = torch.arange(rank, len(images), world).split(batch_size)
     for index, found in images.load(mine.__getitem__, range(len(mine)), workers, device):
         middle = torch.full((len(index),), 0.5 - 1e-9, dtype=torch.float64)  # 14 of 256 to 227 pixels, as in Caffe
-        inputs = cut(found, size, middle, middle, torch.zeros(len(index), dtype=torch.bool), mean)
+        inputs = cut(found, size, middle, middle, torch.zeros(len(index), dtype=torch.bool), mean, scale)
         yield index, inputs, torch.tensor([is_bad(image) for image in found])
 
 
-def whole_images(images: Images, index: Tensor, size: int, mean: Sequence[float]) -> Tensor:
-    """The images `index`, each whole and squashed to a square, on the CPU; without those that cannot be decoded."""
+def whole_images(images: Images, index: Tensor, size: int, mean: Sequence[float], scale: float) -> Tensor:
+    """The images `index`, each whole and squashed to a square, on the CPU; without those that cannot be decoded.
+
+    `mean` and `scale` are those of `cut`.
+    """
     ((_, found),) = images.load(lambda _: index, [0], 0, torch.device("cpu"))
     good = [image for image in found if not is_bad(image)]
     if not good:
         raise none_left([images.paths[i] for i in index.tolist()])
-    return squash(ImageCache.of(good), torch.arange(len(good)), size, mean)
+    return squash(ImageCache.of(good), torch.arange(len(good)), size, mean) * scale

@@ -125,7 +125,8 @@ def images(some, tmp_path):
     return build
 
 
-OPTIONS = {"parts": 1, "rank": 0, "world": 1, "seed": 0, "size": 32, "mirror": True, "mean": MEAN, "workers": 0}
+PIXELS = {"mean": MEAN, "scale": 1}
+OPTIONS = {"parts": 1, "rank": 0, "world": 1, "seed": 0, "size": 32, "mirror": True, "workers": 0} | PIXELS
 
 
 def batches_of(images, labels=None, **changes):
@@ -213,7 +214,7 @@ def test_what_cannot_be_divided_is_refused(images):
 
 def test_the_middles_of_all_images_are_tested(images):
     some = images(25)
-    expected = list(centres(some, batch_size=10, size=32, mean=MEAN, workers=0, device=CPU, rank=0, world=1))
+    expected = list(centres(some, batch_size=10, size=32, **PIXELS, workers=0, device=CPU, rank=0, world=1))
     assert torch.cat([index for index, *_ in expected]).tolist() == list(range(25))
     for index, inputs, _ in expected:
         for i, crop in zip(index.tolist(), inputs, strict=True):
@@ -223,7 +224,7 @@ def test_the_middles_of_all_images_are_tested(images):
                 crop, pixels[:, top : top + 32, left : left + 32].float() - torch.tensor(MEAN)[:, None, None]
             )
     parts = [
-        list(centres(some, batch_size=4, size=32, mean=MEAN, workers=2, device=CPU, rank=rank, world=3))
+        list(centres(some, batch_size=4, size=32, **PIXELS, workers=2, device=CPU, rank=rank, world=3))
         for rank in range(3)
     ]
     found = {
@@ -235,10 +236,21 @@ def test_the_middles_of_all_images_are_tested(images):
 
 def test_whole_images_are_squashed(images):
     some = images(5)
-    found = whole_images(some, torch.tensor([3, 1]), 16, MEAN)
+    found = whole_images(some, torch.tensor([3, 1]), 16, **PIXELS)
     assert found.shape == (2, 3, 16, 16)
     mean = some.pixels(3).float().mean((0, 1)).flip(0) - torch.tensor(MEAN)
     torch.testing.assert_close(found[0].mean((1, 2)), mean, atol=5, rtol=0)
+
+
+def test_inputs_of_every_kind_are_multiplied_by_the_scale(images):
+    some, scaled = images(25), PIXELS | {"scale": 0.04}
+    parts = {"batch_size": 25, "size": 32, "workers": 0, "device": CPU, "rank": 0, "world": 1}
+    one, other = (torch.cat([inputs for _, inputs, _ in centres(some, **parts, **p)]) for p in (PIXELS, scaled))
+    torch.testing.assert_close(other, 0.04 * one)
+    one, other = (batches_of(some, **p)(3)[0] for p in (PIXELS, scaled))
+    torch.testing.assert_close(other, 0.04 * one)
+    one, other = (whole_images(some, torch.arange(9), 16, **p) for p in (PIXELS, scaled))
+    torch.testing.assert_close(other, 0.04 * one)
 
 
 # Images that cannot be decoded.
@@ -271,9 +283,9 @@ def test_bad_images_are_named_once_and_left_out(damaged, tmp_path, workers, caps
     for inputs, found in map(batches, range(2)):
         assert inputs.isfinite().all()
         assert inputs[found == BAD].flatten(2).std(2).max() == 0  # nothing is in them
-    assert len(whole_images(some, torch.arange(20), 16, MEAN)) == 17
+    assert len(whole_images(some, torch.arange(20), 16, **PIXELS)) == 17
     assert torch.cat(
-        [b for *_, b in centres(some, batch_size=4, size=32, mean=MEAN, workers=0, device=CPU, rank=0, world=1)]
+        [b for *_, b in centres(some, batch_size=4, size=32, **PIXELS, workers=0, device=CPU, rank=0, world=1)]
     ).nonzero()[:, 0].tolist() == [2, 7, 11]
 
 
