@@ -261,7 +261,8 @@ def test_evaluation_is_over_all_images(data, tmp_path):
     images = Images(paths, 72, None, tmp_path / "bad.txt")
     torch.manual_seed(0)
     model = CaffeNet(7, input_size=64, width=0.125, fc=16).eval()
-    crops = {"size": 64, "mean": (1, 2, 3), "device": torch.device("cpu"), "workers": 0, "rank": 0, "world": 1}
+    crops = {"size": 64, "mean": (1, 2, 3), "scale": 1, "device": torch.device("cpu")}
+    crops |= {"workers": 0, "rank": 0, "world": 1}
     found = [evaluate(model, images, Folders([], paths, labels), crops, size) for size in (7, 30)]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     loss, top1, top5 = found[0]
