@@ -689,6 +689,7 @@ def families_table(path: Path) -> dict[str, str]:
 
 def family_rows(table: pd.DataFrame, notes: Mapping[str, str], title: str = "family") -> str:
     """A Markdown table with a row for each family in `notes` that has networks."""
+    table = table[table["family"].isin(notes)]
     filters = sorted(set(table["filters"]))
     scaled_columns = (f'{kind}, `"scale"`' for kind in filters)
     lines = [[title, "networks", *filters, *scaled_columns, "change of the output", "note"]]
