@@ -13,7 +13,7 @@ from initializers._inputs import as_inputs
 from initializers._layers import MODULES, NO_LAYER, Call, Layer, Layers, affine_modules
 from initializers._model import InitializationError, unchanged_on_error, unwrapped
 from initializers._report import LayerReport, Report
-from initializers._sweep import inactive_dropout, recorded, sweep
+from initializers._sweep import find_masks, inactive_dropout, recorded, sweep
 
 
 def gaussian(model: nn.Module, std: float = 0.01, *, factors: Mapping[str, float] | None = None, seed: int = 0) -> None:
@@ -185,6 +185,9 @@ def lsuv(
             row.seconds = time.perf_counter() - started
 
         sweep(layers, inputs, known, visit)
+        if find_masks(layers, inputs):
+            report.layers.clear()
+            sweep(layers, inputs, known, visit)
         report.inactive_dropout = inactive_dropout(layers, known.scales)
     report.seconds = time.perf_counter() - start
     return report

@@ -12,7 +12,7 @@ EXACT = 1e-4  # relative change of the output up to which it counts as the same
 
 
 class Function:
-    """The outputs of a model in evaluation mode on some images, as they were when this was made.
+    """What a model returns in evaluation mode for some images, as it was when this was made.
 
     Args:
         inputs: of which a few are taken, evenly spread.
@@ -21,7 +21,7 @@ class Function:
     def __init__(self, layers: Layers, inputs: tuple[Tensor, ...]) -> None:
         self.layers = Layers(layers.model, layers.names, layers.trainable)  # which notes no dropout that is off here
         self.inputs = some(inputs, IMAGES)
-        self.outputs = self._compute([])
+        self.outputs, self.others = self._compute([])
 
     @property
     def tolerance(self) -> float:
@@ -29,13 +29,15 @@ class Function:
         return max(EXACT, 16 * torch.finfo(self.outputs.dtype).eps)
 
     def change(self, factors: list[float]) -> float:
-        """How much the outputs have changed since, in norm relative to what they were.
+        """How much the outputs have changed since, in norm relative to what they were; or what else is returned.
 
         Args:
             factors: by which the outputs are meant to have changed; empty where they are meant to stay.
         """
-        change, size = (self._compute(factors) - self.outputs).norm().item(), self.outputs.norm().item()
-        return change / max(size, torch.finfo(torch.float64).tiny)  # a last layer that starts at 0 gives 0
+        pairs = zip(self._compute(factors), (self.outputs, self.others), strict=True)
+        sizes = [((after - before).norm().item(), before.norm().item()) for after, before in pairs]
+        tiny = torch.finfo(torch.float64).tiny  # a last layer that starts at 0 gives 0
+        return max(change / max(size, tiny) for change, size in sizes)
 
     def check(self, change: float) -> None:
         """Raises InitializationError: the change is more than rounding."""
@@ -46,17 +48,19 @@ class Function:
             )
 
     @torch.no_grad()
-    def _compute(self, factors: list[float]) -> Tensor:
-        """All outputs, each divided by its factor, as one vector."""
+    def _compute(self, factors: list[float]) -> tuple[Tensor, Tensor]:
+        """All outputs, each divided by its factor, as one vector, and all else that is returned, such as a loss."""
         torch.manual_seed(0)  # for models that draw random numbers even in evaluation mode
         parts: list[Tensor] = []
+        others: list[Tensor] = []
         with without_dropout(self.layers.model):
             for batch in zip(*(x.split(IMAGES_AT_A_TIME) for x in self.inputs), strict=True):
                 with without_memory(self.layers.model):
-                    outputs = forward(self.layers, batch, lambda call, x, compute: compute())
+                    outputs = forward(self.layers, batch, lambda call, x, compute: compute(), others)
                 each = zip(outputs, factors or [1.0] * len(outputs), strict=True)
                 parts += [output.flatten() / factor for output, factor in each]
-        return torch.cat(parts)
+        rest = [other.flatten().to(parts[0]).nan_to_num(0.0, 0.0, 0.0) for other in others]
+        return torch.cat(parts), torch.cat([parts[0].new_zeros(0), *rest])
 
 
 def some(inputs: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:

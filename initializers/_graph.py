@@ -111,7 +111,8 @@ class Graph:
         storages: number of the memory of each value, which views of one tensor share.
         varying: values that depend on the images.
         learned: values that depend on an affine layer.
-        inputs, outputs: values of the model's inputs and of the tensors it returns.
+        inputs, outputs: values of the model's inputs and of the tensors it returns with a row per image.
+        others: values of what else it returns.
         dropouts: modules that ran.
         interact: whether what comes of an image depends on the others of its batch, or of earlier ones, as where a
             running mean is a part of it.
@@ -127,6 +128,7 @@ class Graph:
     varying: set[int]
     inputs: list[int]
     outputs: list[int]
+    others: list[int] = field(default_factory=list)
     dropouts: set[nn.Module] = field(default_factory=set)
     learned: set[int] = field(default_factory=set)
     interact: bool = False
@@ -282,13 +284,18 @@ def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
         UngraphableError: what the model does depends on the values of its activations or, other than in sizes, on
             the number of images.
     """
-    (first, results), (second, others) = (_record(layers, inputs, size) for size in SIZES)
+    few = _few(inputs)
+    (first, results), (second, others) = (_record(layers, few, size) for size in SIZES)
+    both = [index for index in first.outputs if index in second.outputs]
+    for graph in (first, second):  # what has as many rows for any number of images is no output
+        graph.others += [index for index in graph.outputs if index not in both]
+        graph.outputs = both
     _check_alike(first, second)
     per_image = all(set(_rows(graph)) == {size} for graph, size in zip((first, second), SIZES, strict=True))
     for one, other in zip(first.operations, second.operations, strict=True):
         one.args, one.kwargs = _generalise((one.args, one.kwargs), (other.args, other.kwargs))
     with forked_random(inputs[0].device):
-        first.interact |= _interact(results, others) and _interact_in_full(layers, inputs)
+        first.interact |= _interact(results, others) and _interact_in_full(layers, few)
         for part in _parts(first, inputs):
             size = len(part[0])
             graph, _ = _record(layers, part, size)
@@ -298,6 +305,17 @@ def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
                 _generalise(expected, (other.args, other.kwargs), sizes=False)
     layers.per_image = per_image
     return first
+
+
+def _few(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The images that are recorded: the faintest, one in the middle, and the strongest, each where there are three.
+
+    What a batch of two does, and one with the third does not, is seen where the third differs from the others: a
+    division by the largest value of a batch, by the strongest.
+    """
+    sizes = torch.linalg.vector_norm(inputs[0].reshape(len(inputs[0]), -1).double(), dim=1)
+    order = sizes.argsort(stable=True)
+    return tuple(x[order[[0, len(order) // 2, -1]]] for x in inputs)
 
 
 def _parts(graph: Graph, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
@@ -320,9 +338,10 @@ def _interact_in_full(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
     return _interact(*results)
 
 
-def _interact(one: list[Tensor], other: list[Tensor]) -> bool:
+def _interact(one: dict[tuple, Tensor], other: dict[tuple, Tensor]) -> bool:
     """Whether what comes of the first images changes with one image more, as where a batch is normalised by itself."""
-    pairs = [(a, b[: len(a)]) for a, b in zip(one, other, strict=True) if (len(a), len(b)) == SIZES]
+    both = [(one[key], other[key]) for key in one if key in other]
+    pairs = [(a, b[: len(a)]) for a, b in both if (len(a), len(b)) == SIZES]
     return any(a.shape != b.shape or (a - b).norm() > INTERACTION * a.norm() for a, b in pairs)
 
 
@@ -362,8 +381,8 @@ def record_once(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
     return graph
 
 
-def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Graph, list[Tensor]]:
-    """The graph, and the outputs of affine layers and of the model."""
+def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Graph, dict[tuple, Tensor]]:
+    """The graph, and the outputs of affine layers and of the model, by number and by value."""
     inputs = tuple(torch.cat([x[:size]] * size)[:size] for x in inputs)
     recorder = _Recorder(layers, compares=size in SIZES)
     recorder.graph.inputs = [recorder.new(x, varying=True) for x in inputs]
@@ -373,16 +392,19 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Grap
     hooks += [norm.register_forward_hook(recorder.leave, always_call=True) for norm in norms]
     if any(scripted(layers.model)):  # which take no other hooks
         hooks.append(nn.modules.module.register_module_forward_hook(recorder.scripted))
+    others: list[Tensor] = []
     try:
         with torch.no_grad(), without_memory(layers.model), recorder:
-            outputs = outputs_of(layers.model, inputs, layers.names)
+            outputs = outputs_of(layers.model, inputs, layers.names, others)
     finally:
         for hook in hooks:
             hook.remove()
     graph = recorder.graph
     graph.outputs = [recorder.value(output) for output in outputs]
+    graph.others = [recorder.value(other) for other in others]
     graph.fixed = {index: tensor for index, tensor in graph.fixed.items() if index not in graph.varying}
-    return graph, [*recorder.results, *outputs]
+    results = {("layer", number): result for number, result in enumerate(recorder.results)}
+    return graph, results | {("output", index): o for index, o in zip(graph.outputs, outputs, strict=True)}
 
 
 class _Recorder(AffineMode):

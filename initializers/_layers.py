@@ -106,6 +106,7 @@ class Layer:
         groups, transposed: of a convolution.
         factor: the layer computes with `factor` times its weight and bias (see `AuxiliaryScaling`).
         fixed_bias: what it adds where that cannot be set, as the model computes it or it is frozen.
+        mask: 0 for weights that the model's own forward pass sets to 0, shaped like the weight; see `find_masks`.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Layer:
     transposed: bool = False
     factor: Tensor | None = None
     fixed_bias: Tensor | None = None
+    mask: Tensor | None = None
 
     @property
     def linear(self) -> bool:
@@ -147,6 +149,8 @@ class Layer:
             blocks = blocks / self.factor
         if memory(blocks) != memory(self.weight):
             self.blocks.copy_(blocks)
+        if self.mask is not None:
+            self.weight.mul_(self.mask)
         if self.bias is not None:
             self.bias.zero_()
 
@@ -220,6 +224,8 @@ class Layers:
         return found
 
     def _owner(self, tensor: Tensor) -> tuple[str | None, Tensor | None]:
+        if isinstance(tensor, nn.Parameter) and memory(tensor) not in self._parameters:
+            del self._parameters  # whose memory the model has exchanged
         candidates = self._parameters.get(memory(tensor), ())
         return next((found for found in candidates if overlap(found[1], tensor)), (None, None))
 
@@ -416,15 +422,19 @@ class _Visitor(AffineMode):
 
 
 def forward(
-    layers: Layers, inputs: tuple[Tensor, ...], visit: Callable[[Call, Tensor, Callable[[], Tensor]], Tensor]
+    layers: Layers,
+    inputs: tuple[Tensor, ...],
+    visit: Callable[[Call, Tensor, Callable[[], Tensor]], Tensor],
+    others: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """One forward pass in which `visit(call, input, compute)` gives the output of each use of an affine layer.
 
     Returns:
-        What the model returns; see `outputs_of`.
+        What the model returns; see `outputs_of`, and for `others`, too.
     """
+    copies = tuple(x.clone() for x in inputs)  # which it may change in place
     with _Visitor(layers, visit):
-        return outputs_of(layers.model, tuple(x.clone() for x in inputs), layers.names)  # which it may change in place
+        return outputs_of(layers.model, copies, layers.names, others)
 
 
 def dropout_of(name: str, args: tuple, kwargs: dict) -> tuple[float, bool]:

@@ -341,14 +341,16 @@ def _flat(held) -> list:
     return [*held, *held.values()] if isinstance(held, dict) else [*held]
 
 
-def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...] = ()) -> list[Tensor]:
+def outputs_of(
+    model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...] = (), others: list[Tensor] | None = None
+) -> list[Tensor]:
     """The tensors of floats that the model returns with a row per image, (N, ...) each.
 
-    What else it returns, such as a loss, does not count. A list with an element for each image, of tensors of the same
-    shapes, is stacked.
+    A list with an element for each image, of tensors of the same shapes, is stacked.
 
     Args:
         names: by which it takes the last of the inputs.
+        others: gets what else it returns of floats, such as a loss.
 
     Raises:
         InitializationError: the model rejects inputs of this shape, or returns nothing with a row per image.
@@ -360,11 +362,14 @@ def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, .
     except InitializationError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        shapes = ", ".join(str(tuple(image.shape)) for image in inputs)
-        raise InitializationError(f"the model rejects images of shape {shapes}: {error}") from error
+        shapes = ", ".join(str(tuple(image.shape)) for image in inputs[:4]) + ", ..." * (len(inputs) > 4)
+        others = "; pass the images alone, if the rest are targets" if positional > 1 else ""
+        raise InitializationError(f"the model rejects images of shape {shapes}: {error}{others}") from error
     count = len(inputs[0])
     found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
     outputs = [tensor for tensor in found if tensor.ndim and len(tensor) == count]
+    if others is not None:
+        others += [tensor for tensor in found if not (tensor.ndim and len(tensor) == count)]
     if not outputs and isinstance(output, list | tuple) and len(output) == count:
         parts = [[tensor for tensor in tensors_of(part) if tensor.is_floating_point()] for part in output]
         if parts[0] and len({tuple(tensor.shape for tensor in part) for part in parts}) == 1:
@@ -378,8 +383,11 @@ def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, .
     return outputs
 
 
+NAMESPACES = (types.SimpleNamespace, torch.distributions.Distribution)
+
+
 def tensors_of(tree) -> list[Tensor]:
-    """The tensors in nested tuples, lists, mappings and data classes."""
+    """The tensors in nested tuples, lists, mappings, data classes and distributions."""
     if isinstance(tree, Tensor):
         return [tree]
     parts: Iterable = ()
@@ -387,6 +395,6 @@ def tensors_of(tree) -> list[Tensor]:
         parts = tree.values()
     elif isinstance(tree, tuple | list):
         parts = tree
-    elif (dataclasses.is_dataclass(tree) and not isinstance(tree, type)) or isinstance(tree, types.SimpleNamespace):
-        parts = vars(tree).values()
+    elif (dataclasses.is_dataclass(tree) and not isinstance(tree, type)) or isinstance(tree, NAMESPACES):
+        parts = {id(part): part for part in vars(tree).values()}.values()  # some keep a parameter under two names
     return [tensor for part in parts for tensor in tensors_of(part)]

@@ -82,7 +82,7 @@ class _Propagation:
         self.labels: dict[int, Tensor] = {}
         self.position = 0  # of the operation that is followed
         self.last_uses = {i: n for n, operation in enumerate(graph.operations) for i in operation.inputs}
-        self.last_uses |= dict.fromkeys(graph.outputs, len(graph.operations))
+        self.last_uses |= dict.fromkeys([*graph.outputs, *graph.others], len(graph.operations))
         self.uses: dict[str, Use] = {}
         self.norms: dict[tuple[int, ...], Norm] = {}  # by what they scale
         found = graph.layers.found.values()
@@ -134,6 +134,8 @@ class _Propagation:
         if outputs == "keep":
             kept = [index for index in {*self.graph.outputs} if (self._of(Ref(index)) > PINNED).any()]
             self.scales.outputs_kept = len(kept)
+        for index in self.graph.others:
+            self._pin(self._of(Ref(index)))
         for index in self.graph.outputs:
             labels = self._of(Ref(index))
             if outputs == "keep":

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from initializers._graph import IMAGES_AT_A_TIME, Batches, Graph, UngraphableError, Visit, record, record_once
 from initializers._layers import Call, Layer, Layers, forward
-from initializers._model import InitializationError, dropouts, other_dropout, without_memory
+from initializers._model import (
+    InitializationError,
+    dropouts,
+    forked_random,
+    other_dropout,
+    without_dropout,
+    without_memory,
+)
 
 
 @dataclass
@@ -121,6 +128,50 @@ def _uses(layers: Layers, inputs: tuple[Tensor, ...], layer: Layer, which: int) 
     with without_memory(layers.model):
         forward(layers, inputs, keep)
     return found
+
+
+@torch.no_grad()
+def find_masks(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a forward pass of the model sets weights to 0, as a masked convolution does before it computes.
+
+    New weights are computed with as they are until that happens, so that they have to be set again, with the masks that
+    the layers have then.
+
+    Raises:
+        InitializationError: it changes weights in another way.
+    """
+
+    def run() -> None:
+        with forked_random(inputs[0].device), without_dropout(layers.model), without_memory(layers.model):
+            forward(
+                Layers(layers.model, layers.names), tuple(x[:2] for x in inputs), lambda call, x, compute: compute()
+            )
+
+    def sizes() -> dict[str, Tensor]:
+        return {name: torch.linalg.vector_norm(layer.weight) for name, layer in layers.found.items()}
+
+    def ones_of(sign: int) -> list[Tensor]:
+        """What is left of weights that are 1 or -1."""
+        for layer in changed:
+            layer.weight.fill_(sign)
+        run()
+        return [layer.weight * sign for layer in changed]
+
+    before = sizes()
+    run()
+    changed = [layers.found[name] for name, size in sizes().items() if not torch.equal(size, before[name])]
+    weights = [layer.weight.clone() for layer in changed]
+    if changed:
+        for layer, mask, other in zip(changed, ones_of(1), ones_of(-1), strict=True):
+            layer.mask = mask
+            if not (((mask == 0) | (mask == 1)).all() and torch.equal(mask, other)):
+                raise InitializationError(
+                    f"layer {layer.name}: the forward pass of the model changes its weights (a maximal norm, or a "
+                    "limit of their values?), so that they cannot be set; leave that out while it is initialized"
+                )
+    for layer, weight in zip(changed, weights, strict=True):
+        layer.weight.copy_(weight)
+    return bool(changed)
 
 
 def inactive_dropout(layers: Layers, graph: Graph | None) -> list[str]:

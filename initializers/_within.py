@@ -56,11 +56,14 @@ def initialize_within(
         elif rule.filters is not None:
             after_convolution = any(len(earlier.shape) > 2 for earlier in report.layers)
             kind = "gaussian" if after_convolution and layer.linear and rule.filters in DATA_DRIVEN else rule.filters
-            centre = rule.normalise and layer.bias is None and layer.fixed_bias is None
+            centre = rule.normalise and layer.bias is None and layer.fixed_bias is None and layer.mask is None
             _set_filters(row, call, inputs, kind, centre, generator)
             if row.filters == "gaussian" and not rule.normalise:
                 layer.weight.mul_(rule.factors.get(layer.name, 1.0))
 
+        if layer.mask is not None:
+            free = " and its mean is as it comes" if layer.bias is None else ""
+            row.add_note(f"the model's forward pass sets some of its weights to 0{free}")
         rounding = _rounding(layer, inputs)
         del inputs
         outputs = compute()

@@ -748,9 +748,13 @@ def test_another_way_for_many_images(images, sizes):
         lambda x: x / x.abs().amax(),
         lambda x: x - x.mean(0),
         lambda x: x + x.flatten(1).softmax(0).view(x.shape).cumsum(0).flip(0),
+        lambda x: x * len(x) * x.mean((2, 3)).softmax(0)[:, :, None, None],
     ],
 )
-def test_images_that_interact_are_one_batch(images, interact):
+@pytest.mark.parametrize(
+    "order", [lambda images: images, lambda images: images.flip(0), lambda images: images.roll(9, 0)]
+)
+def test_images_that_interact_are_one_batch(images, interact, order):
     class Interacting(nn.Module):
         def __init__(self):
             super().__init__()
@@ -761,7 +765,7 @@ def test_images_that_interact_are_one_batch(images, interact):
             return self.head(self.next(self.between(self.conv(x)).relu()).relu().mean((2, 3)))
 
     torch.manual_seed(0)
-    model = Interacting()
+    model, images = Interacting(), order(images)
     initialize(model, images, between=False)
     assert_normalised(model, images, ["conv", "next", "head"])
 
@@ -841,6 +845,11 @@ AMBIGUOUS = {
         lambda x: [x[0], x[1, :, :8, :8]],
         r"images of different shapes \[.*\]: resize them to one",
     ),
+    "targets of floats": (
+        lambda x: (x, torch.rand(48, 4)),
+        r"\(2, 3, 16, 16\), \(2, 4\): .*; pass the images alone, if",
+    ),
+    "a tuple of images": (lambda x: tuple(x), r"\(2, 16, 16\), \.\.\.: .*; pass the images alone"),
 }
 
 

@@ -65,6 +65,74 @@ def test_kept_outputs_hold_the_rates_apart():
         torch.testing.assert_close(output, before[name], rtol=1e-4, atol=1e-5)
 
 
+class Regularised(nn.Module):
+    """Returns what penalties are made of beside its logits."""
+
+    def __init__(self, returned):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 10), nn.Linear(10, 8), nn.Linear(8, 4)
+        self.prototypes, self.returned = nn.Parameter(torch.randn(3, 8)), returned
+
+    def forward(self, x):
+        hidden = F.relu(self.first(x))
+        features = F.relu(self.second(hidden))
+        return {"penalty": self.returned(self, hidden), "logits": self.last(features)}
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda model, hidden: hidden.abs().mean(),
+        lambda model, hidden: hidden.T,
+        lambda model, hidden: [hidden.square().sum(), torch.full((4, 4), -torch.inf), hidden[:0].mean()],
+        lambda model, hidden: (model.prototypes, hidden.sum()),  # as many rows as some batches have images
+        lambda model, hidden: (model.prototypes[:2], hidden.sum()),
+    ],
+)
+@pytest.mark.parametrize("outputs", ["keep", "free"])
+def test_what_is_returned_for_all_images_together_stays_too(returned, outputs):
+    torch.manual_seed(0)
+    model, images = Regularised(returned), torch.randn(40, 12)
+    initialize(model, images, "gaussian", between=False)
+    before = model(images)
+    report = rescale(model, images, outputs=outputs)
+    after = model(images)
+    torch.testing.assert_close(after["penalty"], before["penalty"], rtol=1e-4, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(
+        after["logits"] / (report.output_scales or [1])[0], before["logits"], rtol=1e-4, atol=1e-5
+    )
+    assert report.spread_after < report.spread_before
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        lambda logits: torch.distributions.Categorical(logits=logits),
+        lambda logits: torch.distributions.Independent(torch.distributions.Normal(logits, 1.0), 1),
+    ],
+)
+def test_an_actor_returns_a_distribution(distribution):
+    class Actor(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.policy, self.value = nn.Linear(12, 10), nn.Linear(10, 4), nn.Linear(10, 1)
+
+        def forward(self, x):
+            hidden = F.relu(self.body(x))
+            return distribution(self.policy(hidden)), self.value(hidden)[:, 0]
+
+    torch.manual_seed(0)
+    model, images = Actor(), torch.randn(40, 12)
+    initialize(model, images, "gaussian", between=False)
+    before = model(images)
+    report = rescale(model, images)
+    assert {row.name for row in report.layers if row.rate_after is not None} == {"body", "policy", "value"}
+    after = model(images)
+    torch.testing.assert_close(after[0].mean, before[0].mean, rtol=1e-4, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(after[0].entropy(), before[0].entropy(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after[1], before[1], rtol=1e-4, atol=1e-5)
+
+
 def test_an_output_that_is_no_homogeneous_function():
     """Behind a sigmoid there is no scale to set."""
     torch.manual_seed(0)
