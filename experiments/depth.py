@@ -12,7 +12,6 @@ import math
 import re
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ from experiments.data.small import Normalization, SmallBatches, read_small
 from experiments.engine import run
 from experiments.engine.command import command
 from experiments.engine.convergence import FLAT, constant_loss, leaves_flat_part
-from experiments.engine.figures import encoded, style_of
+from experiments.engine.figures import draw_map, draw_variances
 from experiments.engine.initialization import set_weights
 from experiments.engine.trainer import train_as
 from experiments.networks import plain
@@ -142,45 +141,6 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor, activation: str) -
 def _variance(values: Tensor) -> float | None:
     variance = values.detach().double().var(correction=0).item()
     return variance if math.isfinite(variance) else None
-
-
-def draw_variances(cells: list[dict], depth: int | str) -> bytes:
-    """The variances in the networks of one depth against the number of the layer, as PNG."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    shown = [cell for cell in cells if cell["depth"] == depth and cell["layers"]]
-    for axis, way in zip(axes, ("forward", "backward"), strict=True):
-        for number, cell in enumerate(shown):
-            values = [row[way] or math.nan for row in cell["layers"]]
-            style = style_of(number) | {"marker": ".", "linewidth": 1, "label": cell["line"]}
-            axis.plot(range(1, len(values) + 1), values, **style)
-        axis.set_yscale("log")
-        axis.set_xlabel("layer")
-        axis.set_ylabel({"forward": "variance of the outputs", "backward": "variance of the gradient"}[way])
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle(f"at the start, {depth} layers" if isinstance(depth, int) else f"at the start, VGG {depth}")
-    return encoded(figure, "png", dpi=110)
-
-
-def draw_map(cells: list[dict]) -> bytes:
-    """Depth by initialization: the iteration at which the loss leaves its flat part, or nothing; as PNG."""
-    depths, lines = [*dict.fromkeys(c["depth"] for c in cells)], [*dict.fromkeys(c["line"] for c in cells)]
-    figure, axis = plt.subplots(figsize=(2.6 + 0.9 * len(depths), 1 + 0.4 * len(lines)), layout="constrained")
-    taken = {(cell["line"], cell["depth"]): cell["takes_off"] for cell in cells}
-    values = [
-        [float("nan") if taken[line, depth] is None else taken[line, depth] for depth in depths] for line in lines
-    ]
-    axis.imshow(values, aspect="auto", cmap="viridis_r")
-    for row, line in enumerate(lines):
-        for column, depth in enumerate(depths):
-            iteration = taken[line, depth]
-            box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
-            axis.text(column, row, "-" if iteration is None else iteration, ha="center", va="center", bbox=box)
-    axis.set_xticks(range(len(depths)), depths)
-    axis.set_yticks(range(len(lines)), lines)
-    axis.set_xlabel("layers")
-    axis.set_title("iterations until it takes off", fontsize=10)
-    return encoded(figure, "png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from initializers._inputs import as_inputs
 from initializers._layers import MODULES, NO_LAYER, Call, Layer, Layers, affine_modules
 from initializers._model import InitializationError, unchanged_on_error, unwrapped
 from initializers._report import LayerReport, Report
-from initializers._sweep import find_masks, inactive_dropout, recorded, sweep
+from initializers._sweep import inactive_dropout, recorded, sweep, with_masks
 
 
 def gaussian(model: nn.Module, std: float = 0.01, *, factors: Mapping[str, float] | None = None, seed: int = 0) -> None:
@@ -184,10 +185,7 @@ def lsuv(
             row.mean_after, row.std_after = mean, math.sqrt(variance)
             row.seconds = time.perf_counter() - started
 
-        sweep(layers, inputs, known, visit)
-        if find_masks(layers, inputs):
-            report.layers.clear()
-            sweep(layers, inputs, known, visit)
+        with_masks(layers, inputs, report, partial(sweep, layers, inputs, known, visit))
         report.inactive_dropout = inactive_dropout(layers, known.scales)
     report.seconds = time.perf_counter() - start
     return report

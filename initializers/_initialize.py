@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, get_args
 
 from torch import nn
@@ -15,7 +16,7 @@ from initializers._layers import Layers, memory
 from initializers._model import InitializationError, constants, scripted, unchanged_on_error, unwrapped
 from initializers._propagate import Lrn, Outputs, propagate
 from initializers._report import Report
-from initializers._sweep import Recorded, find_masks, inactive_dropout, recorded
+from initializers._sweep import Recorded, inactive_dropout, recorded, with_masks
 from initializers._within import Within, initialize_within
 
 Method = Literal["balance", "paper"]
@@ -118,10 +119,8 @@ def initialize(
             ) from known.problem
         if filters is not None or within:
             rule = Within(filters, within, bias, factors or {}, seed)
-            initialize_within(layers, inputs, known, rule, report)
-            if find_masks(layers, inputs):
-                report.layers.clear()
-                initialize_within(layers, inputs, known, rule, report)
+            step = partial(initialize_within, layers, inputs, known, rule, report)
+            with_masks(layers, inputs, report, step)
         if between and nonhomogeneous == "scale":
             layers = insert_auxiliary(layers, inputs, rate_images, seed, report)
         elif between and known.scales is not None:

@@ -106,7 +106,7 @@ class Layer:
         groups, transposed: of a convolution.
         factor: the layer computes with `factor` times its weight and bias (see `AuxiliaryScaling`).
         fixed_bias: what it adds where that cannot be set, as the model computes it or it is frozen.
-        mask: 0 for weights that the model's own forward pass sets to 0, shaped like the weight; see `find_masks`.
+        mask: 0 for weights that the model's own forward pass sets to 0, shaped like the weight; see `with_masks`.
     """
 
     name: str

@@ -363,8 +363,8 @@ def outputs_of(
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         shapes = ", ".join(str(tuple(image.shape)) for image in inputs[:4]) + ", ..." * (len(inputs) > 4)
-        others = "; pass the images alone, if the rest are targets" if positional > 1 else ""
-        raise InitializationError(f"the model rejects images of shape {shapes}: {error}{others}") from error
+        hint = "; pass the images alone, if the rest are targets" if positional > 1 else ""
+        raise InitializationError(f"the model rejects images of shape {shapes}: {error}{hint}") from error
     count = len(inputs[0])
     found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
     outputs = [tensor for tensor in found if tensor.ndim and len(tensor) == count]

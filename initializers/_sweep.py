@@ -17,6 +17,7 @@ from initializers._model import (
     without_dropout,
     without_memory,
 )
+from initializers._report import Report
 
 
 @dataclass
@@ -130,12 +131,20 @@ def _uses(layers: Layers, inputs: tuple[Tensor, ...], layer: Layer, which: int) 
     return found
 
 
-@torch.no_grad()
-def find_masks(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether a forward pass of the model sets weights to 0, as a masked convolution does before it computes.
+def with_masks(layers: Layers, inputs: tuple[Tensor, ...], report: Report, set_weights: Callable[[], None]) -> None:
+    """Set the weights; once more where the model's forward pass sets some of them to 0, as masked convolutions do.
 
-    New weights are computed with as they are until that happens, so that they have to be set again, with the masks that
-    the layers have then.
+    New weights are computed with as they are until that happens. What is 0 then is known as the `mask` of a layer.
+    """
+    set_weights()
+    if _find_masks(layers, inputs):
+        report.layers.clear()
+        set_weights()
+
+
+@torch.no_grad()
+def _find_masks(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a forward pass of the model sets weights to 0; the layers get their masks.
 
     Raises:
         InitializationError: it changes weights in another way.
@@ -143,12 +152,14 @@ def find_masks(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
 
     def run() -> None:
         with forked_random(inputs[0].device), without_dropout(layers.model), without_memory(layers.model):
-            forward(
-                Layers(layers.model, layers.names), tuple(x[:2] for x in inputs), lambda call, x, compute: compute()
-            )
+            few = tuple(x[:2] for x in inputs)
+            forward(Layers(layers.model, layers.names), few, lambda call, x, compute: compute())
 
     def sizes() -> dict[str, Tensor]:
-        return {name: torch.linalg.vector_norm(layer.weight) for name, layer in layers.found.items()}
+        """The norm of each row of the weights of each layer."""
+        weights = {name: layer.weight.detach().flatten(1) for name, layer in layers.found.items()}
+        precise = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in weights.items()}
+        return {name: torch.linalg.vector_norm(w, dim=1, dtype=precise[name]) for name, w in weights.items()}
 
     def ones_of(sign: int) -> list[Tensor]:
         """What is left of weights that are 1 or -1."""

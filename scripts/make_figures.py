@@ -21,8 +21,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments.depth import draw_map, draw_variances
-from experiments.engine.figures import LINES, MARKERS, encoded, line_of, style_of
+from experiments.engine.figures import LINES, MARKERS, draw_map, draw_variances, encoded, line_of, style_of
 from experiments.engine.records import (
     assigned,
     by_initialization,
