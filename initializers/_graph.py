@@ -176,9 +176,35 @@ class Graph:
             entering = input_of(operation.name, operation.args, operation.kwargs)
             inputs = [entering.index] if isinstance(entering, Ref) else []
         inputs = [index for index in inputs if index in self.fixed]
-        if self.layers.is_scaling(operation.func, tuple(self.fixed[index] for index in inputs)):
+        scaled = self.layers.scaling(operation.func, self._fixed_args(operation))
+        if scaled is not None and self.layers.owner(scaled[0]) in self._of_layers:
             return []
         return [(self.fixed[index], operation.name) for index in inputs if self.storages[index] not in results]
+
+    @cached_property
+    def _of_layers(self) -> set[str | None]:
+        """Names of the parameters of affine layers."""
+        layers = self.layers.found.values()
+        return {self.layers.owner(part) for layer in layers for part in (layer.weight, layer.bias) if part is not None}
+
+    def _fixed_args(self, operation: Operation) -> tuple:
+        """Its arguments; None for those that depend on the images."""
+        return tuple(self.fixed.get(leaf.index) if isinstance(leaf, Ref) else leaf for leaf in operation.args)
+
+    def products(self, operation: Operation) -> list[int]:
+        """Where the weight and bias of a use of a layer are computed, as products of parameters with constants."""
+        layer = operation.call.layer if operation.call is not None else None
+        if layer is None or (layer.factor is None and layer.bias_factor is None and layer.mask is None):
+            return []
+        entering = input_of(operation.name, operation.args, operation.kwargs)
+        wanted = {index for index in operation.inputs if index != entering.index and index in self.fixed}
+        found: list[int] = []
+        for position in reversed(range(len(self.operations))):
+            earlier = self.operations[position]
+            if wanted.intersection(earlier.outputs) and earlier is not operation:
+                wanted |= {index for index in earlier.inputs if index in self.fixed}
+                found.insert(0, position)
+        return found
 
     @cached_property
     def _other_uses(self) -> dict[int, list[tuple[Tensor, str]]]:
@@ -221,7 +247,10 @@ class Graph:
                 batches = [one.copy() for one in batches for _ in range(masks)]
             for one in batches:
                 one.execute(range(start, position))
-            visit(call, partial(_entering, operation, batches), partial(_compute, position, batches))
+            products = self.products(operation)
+            visit(call, partial(_entering, operation, batches), partial(_compute, position, products, batches))
+            for one in batches:
+                one.refresh(products)  # for other uses
             start = position + 1
 
     def _masks(self, operation: Operation, draws: list[Operation], images: int) -> int:
@@ -259,6 +288,15 @@ class _Batch:
             for value in self.graph.dead[position]:
                 self.values.pop(value, None)
 
+    def refresh(self, positions: list[int]) -> None:
+        """Compute again what is still needed of what some operations gave, as parameters have changed."""
+        known = dict(self.values) if positions else {}
+        for position in positions:
+            operation = self.graph.operations[position]
+            args, kwargs = map_tree((operation.args, operation.kwargs), lambda leaf: resolve(leaf, known, self.size))
+            known.update(zip(operation.outputs, tensors_of(operation.func(*args, **kwargs)), strict=True))
+        self.values.update((index, known[index]) for index in self.values if positions)
+
 
 def _entering(operation: Operation, batches: list[_Batch]) -> list[Tensor]:
     """What comes to an affine layer."""
@@ -268,9 +306,10 @@ def _entering(operation: Operation, batches: list[_Batch]) -> list[Tensor]:
     ]
 
 
-def _compute(position: int, batches: list[_Batch]) -> list[Tensor]:
-    """Run an affine layer; its outputs."""
+def _compute(position: int, products: list[int], batches: list[_Batch]) -> list[Tensor]:
+    """Run an affine layer, with weights that are computed anew where they are products; its outputs."""
     for batch in batches:
+        batch.refresh(products)
         batch.execute(range(position, position + 1))
     return [batch.values[batch.graph.operations[position].outputs[0]] for batch in batches]
 

@@ -54,8 +54,8 @@ PIECE = 500_000  # values of a large tensor that are worked on at a time: 2 MB, 
 _WEIGHT_GRADIENTS = {3: grad.conv1d_weight, 4: grad.conv2d_weight, 5: grad.conv3d_weight}
 NO_LAYER = "the model has no affine layer (convolution or linear) that runs and is not frozen: there is nothing to do"
 ALL_COMPUTED = (
-    "the model computes the weights of all its layers, as spectral_norm and other parametrizations, pruning and "
-    "quantization do: initialize it before these are added, or remove them "
+    "the model computes the weights of all its layers, as spectral_norm and other parametrizations and quantization "
+    "do: initialize it before these are added, or remove them "
     "(torch.nn.utils.parametrize.remove_parametrizations), initialize, and register them again"
 )
 TRANSFORMED = (
@@ -63,6 +63,7 @@ TRANSFORMED = (
     "them the whole batch"
 )
 MODULES = (nn.Linear, nn.modules.conv._ConvNd)
+_PRODUCTS = {"mul": 1, "multiply": 1, "div": -1, "divide": -1, "true_divide": -1}  # and the power of the second
 
 # `multi_head_attention_forward` hands itself to the active mode before anything else; this copy goes straight on, so
 # that the mode sees the projections within.
@@ -95,6 +96,31 @@ class AuxiliaryScaling(nn.Module):
         return value / self.factor
 
 
+@dataclass
+class Scaled:
+    """A product of a parameter with constants: with a factor for each row, and with a mask of zeros and ones.
+
+    Attributes:
+        parameter: it, or a view of it, whose parameter is `whole`.
+    """
+
+    output: Tensor
+    parameter: Tensor
+    whole: Tensor | None
+    factor: Tensor
+    mask: Tensor | None
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the model has made the product the value of the parameter."""
+        return self.whole is not None and memory(self.whole) == memory(self.output)
+
+    def compute(self) -> Tensor:
+        """The product as the parameter is now."""
+        product = self.parameter * self.factor
+        return product if self.mask is None else product * self.mask
+
+
 @dataclass(eq=False)
 class Layer:
     """An affine layer.
@@ -104,9 +130,11 @@ class Layer:
         weight: the parameter, or a view of some of its rows.
         bias: likewise; None where there is none that can be set.
         groups, transposed: of a convolution.
-        factor: the layer computes with `factor` times its weight and bias (see `AuxiliaryScaling`).
+        factor, bias_factor: what the layer multiplies its weight and its bias by before it computes, as those of
+            `AuxiliaryScaling`, or of an "equalized learning rate".
         fixed_bias: what it adds where that cannot be set, as the model computes it or it is frozen.
-        mask: 0 for weights that the model's own forward pass sets to 0, shaped like the weight; see `with_masks`.
+        mask: 0 for weights that the model multiplies by 0 (pruned ones), or that its own forward pass sets to 0, see
+            `with_masks`; shaped like the weight.
     """
 
     name: str
@@ -116,6 +144,7 @@ class Layer:
     transposed: bool = False
     factor: Tensor | None = None
     fixed_bias: Tensor | None = None
+    bias_factor: Tensor | None = None
     mask: Tensor | None = None
 
     @property
@@ -223,7 +252,8 @@ class Layers:
                 found.setdefault(memory(parameter), []).append((name, parameter))
         return found
 
-    def _owner(self, tensor: Tensor) -> tuple[str | None, Tensor | None]:
+    def find(self, tensor: Tensor) -> tuple[str | None, Tensor | None]:
+        """The parameter that a tensor is, or of which it is a view, and its name."""
         if isinstance(tensor, nn.Parameter) and memory(tensor) not in self._parameters:
             del self._parameters  # whose memory the model has exchanged
         candidates = self._parameters.get(memory(tensor), ())
@@ -234,7 +264,7 @@ class Layers:
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to a parameter that is frozen, where these are left alone."""
-        _, parameter = self._owner(tensor)  # views of it that are made without gradients look frozen themselves
+        _, parameter = self.find(tensor)  # views of it that are made without gradients look frozen themselves
         return self.trainable and parameter is not None and not parameter.requires_grad
 
     @cached_property
@@ -245,7 +275,7 @@ class Layers:
 
     def owner(self, tensor: Tensor | None) -> str | None:
         """Name of the parameter that `tensor` is, or of which it is a view."""
-        return None if tensor is None else self._owner(tensor)[0]
+        return None if tensor is None else self.find(tensor)[0]
 
     @cached_property
     def weight_norms(self) -> dict[int, WeightNorm]:
@@ -254,9 +284,12 @@ class Layers:
 
     def unscalable(self, layer: Layer) -> str:
         """Why an `AuxiliaryScaling` cannot be inserted for a layer; empty where it can."""
-        _, parameter = self._owner(layer.weight)
+        _, parameter = self.find(layer.weight)
         if id(parameter) in self.weight_norms:
             return "weight_norm has a scale of its own"
+        path = (self.owner(layer.weight) or "").rpartition(".")[0]
+        if any(not isinstance(part, AuxiliaryScaling) for part in _parametrizations(self.model.get_submodule(path))):
+            return "its weight has another parametrization"
         modules = [m for m in self.model.modules() if any(other is parameter for other in m.parameters(False))]
         return "its weight belongs to several modules" if len(modules) > 1 else ""
 
@@ -265,20 +298,40 @@ class Layers:
         """Why there is no layer."""
         return SCRIPTED if any(scripted(self.model)) else ALL_COMPUTED if self.computed else NO_LAYER
 
-    def is_scaling(self, func: Callable, args: tuple) -> bool:
-        """Whether this is the product that `AuxiliaryScaling` computes, of a parameter and its factor."""
-        return getattr(func, "__name__", "") == "mul" and len(args) == 2 and id(args[1]) in self._factors
+    def scaling(self, func: Callable, args: tuple) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The parameter, the factor and the mask where a function multiplies a parameter by a constant.
 
-    def call(self, function: str, given: dict[str, Any], sources: dict) -> Call | None:
+        That is what `AuxiliaryScaling` has, a number, a buffer of one value, or one of zeros and ones for each weight.
+        """
+        name = getattr(func, "__name__", "")
+        if name not in _PRODUCTS or len(args) != 2:
+            return None
+        one, other = args[::-1] if isinstance(args[1], Tensor) and self.find(args[1])[1] is not None else args
+        if not isinstance(one, Tensor) or self.find(one)[1] is None or (one is args[1] and _PRODUCTS[name] < 0):
+            return None
+        if isinstance(other, Tensor):
+            of_rows = id(other) in self._factors
+            buffers = [buffer for buffer in self.model.buffers() if buffer.shape == other.shape]
+            if not of_rows and not any(torch.equal(buffer.to(other.dtype), other) for buffer in buffers):
+                return None
+            if not of_rows and other.numel() != 1:
+                fits = other.shape == one.shape and bool(((other == 0) | (other == 1)).all())
+                return (one, one.new_ones(()), other.to(one).contiguous()) if fits and _PRODUCTS[name] > 0 else None
+        elif not isinstance(other, int | float) or other <= 0:
+            return None
+        factor = other.detach() if isinstance(other, Tensor) else one.new_tensor(other)
+        return one, factor ** _PRODUCTS[name], None
+
+    def call(self, function: str, given: dict[str, Any], sources: dict[int, Scaled]) -> Call | None:
         """The use of an affine layer that this call of an affine function is; None if it is none.
 
         Args:
             function: of the function.
             given: its arguments by name.
-            sources: by the memory of what an `AuxiliaryScaling` computed: that tensor, its parameter and its factor.
+            sources: by memory, the products of parameters with constants.
         """
-        weight, factor = _source(given["weight"], sources)
-        bias, _ = (None, None) if given.get("bias") is None else _source(given["bias"], sources)
+        weight, factor, mask = _source(given["weight"], sources)
+        bias, bias_factor, _ = (None,) * 3 if given.get("bias") is None else _source(given["bias"], sources)
         name = self._name(weight)
         if name is None or self._is_kept(weight) or weight.is_complex():
             self.computed |= name is None and function in MODULE_FUNCTIONS and not self._is_buffer(weight)
@@ -288,7 +341,8 @@ class Layers:
         if layer is None:
             fixed = bias if bias is not None and (self.rows(bias) is None or self._is_kept(bias)) else None
             bias = bias if fixed is None else None
-            layer = Layer(name, weight, bias, given.get("groups", 1), transposed, factor, fixed)
+            groups = given.get("groups", 1)
+            layer = Layer(name, weight, bias, groups, transposed, factor, fixed, bias_factor, mask)
             _check_memory(layer)
             self.found[name] = layer
         elif (layer.groups, layer.transposed) != (given.get("groups", 1), transposed):
@@ -311,20 +365,22 @@ class Layers:
 
     def rows(self, tensor: Tensor) -> tuple[str, int | None] | None:
         """The parameter of which a tensor is the whole (None) or the rows from the given number on."""
-        name, parameter = self._owner(tensor)
+        name, parameter = self.find(tensor)
         if name is None or parameter is None:
             return None
+        if tensor.shape == parameter.shape and tensor.stride() == parameter.stride():
+            return name, None
+        if tensor.numel() == parameter.numel() and _is_dense(tensor) and _is_dense(parameter):
+            return (name, None) if _has_kernel(tensor) else None  # of other dimensions, or of another order of them
         if tensor.shape[1:] != parameter.shape[1:] or tensor.stride() != parameter.stride():
             return None
-        if tensor.shape == parameter.shape:
-            return name, None
         return name, int(tensor.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
 
     def _name(self, weight: Tensor) -> str | None:
         found = self.rows(weight) or (self.rows(weight.t()) if weight.ndim == 2 else None)
         if found is None:
             return None
-        norm = self.weight_norms.get(id(self._owner(weight)[1]))
+        norm = self.weight_norms.get(id(self.find(weight)[1]))
         name, first = layer_name(found[0] if norm is None else norm.name), found[1]
         return name if first is None else f"{name}[{first}:{first + len(weight)}]"
 
@@ -332,6 +388,30 @@ class Layers:
 def memory(tensor: Tensor) -> int:
     """Address of a tensor's memory, which its views share; a sparse tensor has no memory of its own."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def _parametrizations(module: nn.Module) -> list[nn.Module]:
+    """The parametrizations of the parameter that a module holds, where it is there for these."""
+    return list(module) if isinstance(module, nn.utils.parametrize.ParametrizationList) else []
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has each value of its stretch of memory once, in whatever order."""
+    needed = 1
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and step != needed:
+            return False
+        needed *= size
+    return True
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    """Whether the dimensions behind the first two can be seen as one."""
+    try:
+        tensor.view(*tensor.shape[:2], -1)
+    except RuntimeError:
+        return False
+    return True
 
 
 def overlap(one: Tensor, other: Tensor) -> bool:
@@ -378,7 +458,7 @@ class AffineMode(TorchFunctionMode):
     def __init__(self, layers: Layers) -> None:
         super().__init__()
         self.layers = layers
-        self.sources: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.sources: dict[int, Scaled] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -401,9 +481,25 @@ class AffineMode(TorchFunctionMode):
             self.layers.random.add(func.__name__.removesuffix("_"))
         call = None if given is None else self.layers.call(func.__name__, given, self.sources)
         output = self.operation(func, args, kwargs, call)
-        if self.layers.is_scaling(func, args):
-            self.sources[memory(output)] = (output, *args)
+        self._note_scaled(func, args, output)
         return output
+
+    def _note_scaled(self, func: Callable, args: tuple, output) -> None:
+        """Note a product of a parameter, or of such a product, with a constant."""
+        if func.__name__ not in _PRODUCTS:
+            return
+        before = [self.sources.get(memory(arg)) if isinstance(arg, Tensor) else None for arg in args[:2]]
+        known = [arg if source is None else source.parameter for arg, source in zip(args, before, strict=False)]
+        found = self.layers.scaling(func, (*known, *args[2:]))
+        if found is None or not isinstance(output, Tensor):
+            return
+        parameter, factor, mask = found
+        for source in before:
+            if source is not None:
+                factor = factor * source.factor
+                mask = source.mask if mask is None else mask if source.mask is None else mask * source.mask
+        _, whole = self.layers.find(parameter)
+        self.sources[memory(output)] = Scaled(output, parameter, whole, factor, mask)
 
     def operation(self, func: Callable, args: tuple, kwargs: dict, call: Call | None):
         """Compute `func(*args, **kwargs)`, which is the given use of an affine layer or none."""
@@ -418,7 +514,22 @@ class _Visitor(AffineMode):
     def operation(self, func: Callable, args: tuple, kwargs: dict, call: Call | None):
         if call is None:
             return func(*args, **kwargs)
-        return self.visit(call, input_of(func.__name__, args, kwargs), lambda: func(*args, **kwargs))
+        used = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
+        sources = [self.sources[memory(tensor)] for tensor in used if memory(tensor) in self.sources]
+        sources = [source for source in sources if not source.is_parameter]
+
+        def compute():
+            refresh()
+            return func(*args, **kwargs)
+
+        def refresh() -> None:
+            if not torch.is_grad_enabled():  # where weights are set
+                for source in sources:
+                    source.output.copy_(source.compute())
+
+        output = self.visit(call, input_of(func.__name__, args, kwargs), compute)
+        refresh()
+        return output
 
 
 def forward(
@@ -547,20 +658,22 @@ def channel_statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Ten
     return mean, squares.div(count).sqrt()
 
 
-def _source(tensor: Tensor, sources: dict) -> tuple[Tensor, Tensor | None]:
-    """The parameter, or its rows, of which an `AuxiliaryScaling` computed a tensor, and their factor; or the tensor.
+def _source(tensor: Tensor, sources: dict[int, Scaled]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The parameter, or its rows, of which a tensor is the product with constants, and their factor and mask.
 
     A layer may use a part of what was computed (the rows of a packed projection): it is found by its offset in memory.
     """
     found = sources.get(memory(tensor))
-    if found is None or found[0].stride() != found[1].stride():
-        return tensor, None
-    computed, parameter, factor = found
-    offset = int(tensor.storage_offset() - computed.storage_offset())
-    factor = factor.flatten()[offset // max(1, computed.stride(0))]
-    if tensor is computed:
-        return parameter, factor
-    return parameter.as_strided(tensor.shape, tensor.stride(), parameter.storage_offset() + offset), factor
+    if found is None or found.is_parameter or found.output.stride() != found.parameter.stride():
+        return tensor, None, None
+    offset = int(tensor.storage_offset() - found.output.storage_offset())
+    row = offset // max(1, found.output.stride(0)) if found.output.ndim else 0
+    factor = found.factor.flatten()[row if found.factor.numel() > 1 else 0]
+    if tensor is found.output:
+        return found.parameter, factor, found.mask
+    shape, strides = tensor.shape, tensor.stride()
+    mask = None if found.mask is None else found.mask.as_strided(shape, strides, offset)
+    return found.parameter.as_strided(shape, strides, found.parameter.storage_offset() + offset), factor, mask
 
 
 def _each(value: int | tuple[int, ...], kernel: torch.Size) -> tuple[int, ...]:

@@ -572,8 +572,11 @@ class _Propagation:
             return
         fixed, owner = self.graph.fixed, self.graph.layers.owner
         tensors = [fixed[index] for index in operation.inputs if index in fixed]
-        if self.graph.layers.is_scaling(operation.func, tuple(tensors)):
-            self.computed[memory(fixed[operation.outputs[0]])] = tensors[0]
+        given = [fixed.get(leaf.index) if isinstance(leaf, Ref) else leaf for leaf in operation.args]
+        known = tuple(self.computed.get(memory(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in given)
+        scaled = self.graph.layers.scaling(operation.func, known)
+        if scaled is not None and operation.outputs[0] in fixed:
+            self.computed[memory(fixed[operation.outputs[0]])] = scaled[0]
             return
         outputs = {memory(fixed[index]) if index in fixed else None for index in operation.outputs}
         normalises = name in _NORMALISING | {"batch_norm"}

@@ -366,10 +366,11 @@ def _of_stored(used: dict[str, Layer], squares: dict[str, Tensor]) -> dict[str, 
 @torch.no_grad()
 def _mean_squares(layer: Layer) -> Tensor:
     """Mean square of the weights of each input channel, float64 (groups, inputs)."""
-    groups, outputs, width, kernel = layer.blocks.shape
+    blocks = layer.blocks if layer.mask is None else layer.as_blocks(layer.weight.detach() * layer.mask)
+    groups, outputs, width, kernel = blocks.shape
     total = torch.zeros(groups, width, dtype=torch.float64, device=layer.weight.device)
     # Pieces that fit the cache: torch reduces over the first of two dimensions many times slower at once.
-    for piece in layer.blocks.split(max(1, PIECE // (groups * width * kernel)), 1):
+    for piece in blocks.split(max(1, PIECE // (groups * width * kernel)), 1):
         total += piece.float().square().sum((1, 3))
     return total.cpu() / (outputs * kernel)
 

@@ -131,7 +131,7 @@ def _normalise_channels(
     shift = torch.zeros_like(mu)
     if layer.bias is not None:
         shift = beta - mu / sigma
-        factor = 1 if layer.factor is None else layer.factor  # what is stored times it is what the layer adds
+        factor = 1 if layer.bias_factor is None else layer.bias_factor  # what is stored times it is what the layer adds
         layer.bias.copy_((layer.bias * factor - mu) / sigma / factor + beta / factor)
     elif layer.fixed_bias is not None:
         shift = layer.fixed_bias - layer.fixed_bias / sigma  # is not divided with the rest
@@ -149,8 +149,8 @@ def _normalise_still(layer: Layer, outputs: list[Tensor], mu: Tensor, beta: floa
         return "its weights are all 0 and stay so"
     fixed = layer.bias if layer.bias is not None else layer.fixed_bias
     fixed = torch.zeros_like(mu) if fixed is None else fixed.detach().clone()
-    if layer.bias is not None and layer.factor is not None:
-        fixed *= layer.factor
+    if layer.bias is not None and layer.bias_factor is not None:
+        fixed *= layer.bias_factor
     reached = any(map(len, outputs))
     size = (mu - fixed).square().mean().sqrt()
     if not reached or size <= FLAT * fixed.square().mean().sqrt():  # the input is 0
@@ -158,7 +158,7 @@ def _normalise_still(layer: Layer, outputs: list[Tensor], mu: Tensor, beta: floa
     layer.blocks.div_(size)
     shift = fixed - fixed / size
     if layer.bias is not None:
-        layer.bias.fill_(beta / (layer.factor or 1))
+        layer.bias.fill_(beta / (layer.bias_factor or 1))
         shift = beta - fixed / size
     _follow(layer, outputs, 1 / size, shift)
     if not reached:

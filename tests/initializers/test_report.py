@@ -103,7 +103,7 @@ class Particular(nn.Module):
     def forward(self, x):
         x = F.relu(self.up(F.relu(self.embed(x)))).flatten(2).mT[:, :6]
         x = F.relu(self.twice(F.relu(self.twice(x))))
-        x = F.linear(x, self.matrix, 2 * self.shift)
+        x = F.linear(x, self.matrix, self.shift.tanh())
         x, _ = self.recurrent(self.computed(x))
         return self.top(x[:, -1])
 

@@ -1,0 +1,265 @@
+"""Weights with which a layer computes other than as they are stored: masked, times a constant, in other dimensions."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
+
+from initializers import InitializationError, change_rate, initialize, lsuv, rescale
+
+
+@pytest.fixture
+def images():
+    return torch.randn(48, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+class Masked(nn.Conv2d):
+    """A convolution that sees what lies above and to the left, as that of PixelCNN."""
+
+    def __init__(self, how, *args, **kwargs):
+        super().__init__(*args, padding=1, **kwargs)
+        mask = torch.ones_like(self.weight)
+        mask[:, :, 1, 1:] = mask[:, :, 2] = 0
+        self.how = how
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        if self.how == "of its data":
+            self.weight.data *= self.mask
+        elif self.how == "other data":
+            self.weight.data = self.weight.data * self.mask
+        else:
+            with torch.no_grad():
+                self.weight.masked_fill_(self.mask == 0, 0.0)
+        return super().forward(x)
+
+
+def masked(how="of its data", bias=True):
+    torch.manual_seed(0)
+    layers = [Masked(how, 3, 8, 3), nn.ReLU(), Masked(how, 8, 8, 3, bias=bias), nn.ReLU(), nn.Conv2d(8, 4, 3)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(400, 5))
+
+
+def outputs_of(model, images):
+    found = []
+    hooks = [
+        model[i].register_forward_hook(lambda module, given, output: found.append(output.movedim(1, 0).flatten(1)))
+        for i in (0, 2, 4, 6)
+    ]
+    with torch.no_grad():
+        model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("how", ["of its data", "other data", "in place"])
+@pytest.mark.parametrize("filters", ["gaussian", "kmeans", "orthonormal", None])
+def test_masked_weights(images, how, filters):
+    model = masked(how)
+    report = initialize(model, images, filters, between=False)
+    assert not model[2].weight[model[2].mask == 0].any()  # none that the next pass would change
+    for values in outputs_of(model, images):
+        torch.testing.assert_close(values.std(1, correction=0), torch.ones(len(values)), atol=1e-3, rtol=0)
+        torch.testing.assert_close(values.mean(1), torch.full((len(values),), 0.1), atol=1e-3, rtol=0)
+    assert [row.name for row in report.layers] == ["0", "2", "4", "6"]
+    before = copy.deepcopy(model)(images)
+    report = rescale(model, images)
+    assert report.spread_after < report.spread_before
+    torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_bias_the_mean_is_as_it_comes(images):
+    model = masked(bias=False)
+    report = initialize(model, images, "kmeans", between=False)
+    notes = {row.name: row.note for row in report.layers if row.note}
+    assert notes["0"] == "the model's forward pass sets some of its weights to 0"
+    assert notes["2"] == notes["0"] + " and its mean is as it comes"
+    values = outputs_of(model, images)[1]
+    torch.testing.assert_close(values.std(1, correction=0), torch.ones(8), atol=1e-3, rtol=0)
+
+
+def test_lsuv_of_masked_weights(images):
+    model = masked()
+    lsuv(model, images)
+    assert all(abs(values.var().item() - 1) < 0.03 for values in outputs_of(model, images))
+
+
+def limited(largest):
+    class Limited(nn.Conv2d):
+        """As EEGNet's: its filters have a norm of at most `largest`."""
+
+        def forward(self, x):
+            self.weight.data = torch.renorm(self.weight.data, 2, 0, self.largest)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Limited(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(256, 5))
+    model[0].largest = largest
+    return model
+
+
+class Positive(nn.Conv2d):
+    def forward(self, x):
+        self.weight.data.clamp_(min=0)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("call", [initialize, lsuv])
+@pytest.mark.parametrize("make", [lambda: limited(0.05), lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Positive(4, 5, 3))])
+def test_other_changes_are_an_error(images, call, make):
+    model = make()
+    model(images)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InitializationError, match=r"layer [01]: the forward pass .* changes its weights"):
+        call(model, images)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_remedy_holds(images):
+    model = limited(0.05)
+    model[0].largest = 1e9
+    initialize(model, images)
+
+
+class Statistics(TorchFunctionMode):
+    """Standard deviations and means of the channels of what convolutions and linear maps give."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **kwargs or {})
+        if func.__name__ in ("conv2d", "linear", "matmul"):
+            channels = output.movedim(1 if output.ndim == 4 else -1, 0).flatten(1)
+            self.found.append((channels.std(1, correction=0), channels.mean(1)))
+        return output
+
+
+def assert_normalised(model, images, mean=0.1):
+    with torch.no_grad(), Statistics() as statistics:
+        model.eval()(images)
+    for std, found in statistics.found:
+        torch.testing.assert_close(std, torch.ones_like(std), atol=1e-3, rtol=0)
+        if mean is not None:
+            torch.testing.assert_close(found, torch.full_like(found, mean), atol=1e-3, rtol=0)
+
+
+class Net(nn.Module):
+    """A convolution, one whose weights `compute` gives, and a linear layer."""
+
+    def __init__(self, compute, shape=(8, 8, 3, 3), bias=(8,), of_bias=lambda model: model.bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.weight, self.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.zeros(bias))
+        self.compute, self.of_bias = compute, of_bias
+        self.register_buffer("small", torch.tensor(0.2))
+        self.register_buffer("mask", torch.rand(8, 8, 3, 3) > 0.4)
+
+    def forward(self, x):
+        x = F.conv2d(self.first(x).relu(), self.compute(self), self.of_bias(self), padding=1)
+        return self.last(x.relu().mean((2, 3)))
+
+
+COMPUTED = {
+    "times a number": {"compute": lambda model: model.weight * 0.1},
+    "a number times it": {"compute": lambda model: 3 * model.weight},
+    "divided": {"compute": lambda model: model.weight / 7.0},
+    "by a function": {"compute": lambda model: torch.mul(model.weight, 0.1)},
+    "a buffer": {"compute": lambda model: model.weight * model.small},
+    "twice": {"compute": lambda model: (model.weight * 0.3) * model.small},
+    "and the bias": {"compute": lambda model: model.weight * 0.1, "of_bias": lambda model: model.bias * 0.01},
+    "the bias alone": {"compute": lambda model: model.weight, "of_bias": lambda model: 2.0 * model.bias},
+    "a mask": {"compute": lambda model: model.weight * model.mask},
+    "a mask first": {"compute": lambda model: model.mask.float() * model.weight},
+    "a mask and a number": {"compute": lambda model: model.weight * model.mask * 0.1},
+    "flat": {"compute": lambda model: model.weight.view(8, 8, 3, 3), "shape": (8, 72)},
+    "flat, times a number": {"compute": lambda model: (model.weight * 0.1).view(8, 8, 3, 3), "shape": (8, 72)},
+    "channels last": {"compute": lambda model: model.weight.permute(0, 3, 1, 2), "shape": (8, 3, 3, 8)},
+    "as TensorFlow": {"compute": lambda model: model.weight.permute(3, 2, 0, 1), "shape": (3, 3, 8, 8)},
+    "the bias in four dimensions": {
+        "compute": lambda model: model.weight,
+        "bias": (1, 8, 1, 1),
+        "of_bias": lambda model: model.bias.flatten(),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.parametrize("filters", ["gaussian", "kmeans", None])
+def test_weights_that_are_computed_of_one_parameter_and_constants(images, kind, filters):
+    model = Net(**COMPUTED[kind])
+    report = initialize(model, images, filters, between=False)
+    assert [row.name for row in report.layers] == ["first", "weight", "last"]
+    assert not report.kept
+    assert_normalised(model, images)
+    before = model(images)
+    for options in ({}, {"nonhomogeneous": "scale"}):
+        report = rescale(model, images, **options)
+        assert report.spread_after < 1.01 < report.spread_before or options
+        torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)
+    report = initialize(model, images, "gaussian", between=False, seed=1)  # with the auxiliary scalings
+    assert [row.filters for row in report.layers] == ["gaussian"] * 3
+    assert_normalised(model, images)
+
+
+def test_a_rate_is_that_of_what_is_stored(images):
+    """A layer that computes with a tenth of what it stores learns a hundredth as fast."""
+    rates = []
+    for factor in (1.0, 0.1):
+        model = Net(lambda model, factor=factor: model.weight * factor)
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(0)) / factor)
+        rates.append(change_rate(model, images).mean)
+    assert rates[1]["weight"] == pytest.approx(0.01 * rates[0]["weight"], rel=1e-4)
+    assert rates[1]["first"] == pytest.approx(rates[0]["first"], rel=1e-4)
+
+
+def test_what_masks_hide_does_not_count(images):
+    model = Net(COMPUTED["a mask"]["compute"])
+    rates = change_rate(model, images).mean
+    with torch.no_grad():
+        model.weight[~model.mask] = 1e3
+    assert change_rate(model, images).mean == pytest.approx(rates)
+
+
+def test_pruned_layers(images):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5))
+    prune.random_unstructured(model[2], "weight", 0.4)
+    prune.l1_unstructured(model[5], "weight", 0.2)
+    mask = model[2].weight_mask.clone()
+    report = initialize(model, images, between=False)
+    assert [row.name for row in report.layers] == ["0", "2.weight_orig", "5.weight_orig"]
+    assert_normalised(model, images)
+    assert torch.equal(model[2].weight_mask, mask)
+    prune.remove(model[2], "weight")
+    assert torch.equal(model[2].weight == 0, mask == 0)
+
+
+def test_parametrizations_and_hooks_that_multiply(images):
+    class Scale(nn.Module):
+        def forward(self, weight):
+            return weight * 0.2
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5))
+    parametrize.register_parametrization(model[2], "weight", Scale())
+    initialize(model, images, between=False)
+    assert_normalised(model, images)
+    report = rescale(model, images, nonhomogeneous="scale")
+    notes = {row.name: row.note for row in report.layers}
+    assert notes["2"] == "not scaled, as its weight has another parametrization"
+
+
+def test_random_masks_are_no_masks(images):
+    """DropConnect draws another one in every pass."""
+    model = Net(lambda model: model.weight * (torch.rand(8, 8, 3, 3) > 0.5).float())
+    report = initialize(model, images, between=False)
+    assert report.kept == {"weight": "used by mul"}
