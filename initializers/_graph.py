@@ -352,7 +352,9 @@ def _few(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     What a batch of two does, and one with the third does not, is seen where the third differs from the others: a
     division by the largest value of a batch, by the strongest.
     """
-    sizes = torch.linalg.vector_norm(inputs[0].reshape(len(inputs[0]), -1).double(), dim=1)
+    rows = inputs[0].reshape(len(inputs[0]), -1)
+    rows = rows if rows.is_floating_point() else rows.float()
+    sizes = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
     order = sizes.argsort(stable=True)
     return tuple(x[order[[0, len(order) // 2, -1]]] for x in inputs)
 
