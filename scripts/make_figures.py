@@ -157,9 +157,11 @@ def marks(number: int, curve: pd.DataFrame) -> dict:
 def read_runs(group: pd.DataFrame, figure: str | None) -> list[Run]:
     """The runs of a figure, one of each seed, in the order of their lines: the paper's first."""
     choice = CHOICES[figure][0] if figure else None
-    names = differing(group, [*GROUP, f"config.model.{choice}"])
     group = by_initialization(group)
-    group = group.assign(line=[line(row, figure, names) for _, row in group.iterrows()])
+    group = group.assign(line=[line(row, figure) for _, row in group.iterrows()])
+    for _, same in group.groupby("line"):  # settings are named where they tell lines of one name apart
+        names = differing(same, [*GROUP, f"config.model.{choice}"])
+        group.loc[same.index, "line"] = [", ".join([r["line"], *assigned(r, names)]) for _, r in same.iterrows()]
     group = one_of_each_seed(group, ["line"])
     paper = [*LINES[figure].values()] if figure else []
     place = {name: number for number, name in enumerate(paper)}
@@ -167,8 +169,8 @@ def read_runs(group: pd.DataFrame, figure: str | None) -> list[Run]:
     return sorted(runs, key=lambda run: (place.get(run.line, len(paper)), run.line))
 
 
-def line(row: pd.Series, figure: str | None, names: Sequence[str]) -> str:
-    """The line of a record: the paper's name for it, or its initialization; and the settings that differ."""
+def line(row: pd.Series, figure: str | None) -> str:
+    """The line of a record: the paper's name for it, or its initialization."""
     try:
         found = line_of(row["config"], figure) if figure and not is_own(row["config"]["init"]) else None
         choice, without = CHOICES.get(figure, (None, ""))
@@ -179,7 +181,7 @@ def line(row: pd.Series, figure: str | None, names: Sequence[str]) -> str:
         found = row["init"] + f", {without}" * bool(off)
     else:
         found += row["init"].removeprefix(row["config"]["init"]["name"])
-    return ", ".join([found, *assigned(row, names)])
+    return found
 
 
 def read_run(row: pd.Series) -> Run:

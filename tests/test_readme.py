@@ -472,3 +472,19 @@ def test_mnist_is_that_of_the_record():
         f"| {row['top1'] / 100:.4f}, one seed, at full scale".replace("| 0.", "| .")
         in (ROOT / "docs/lsuv.md").read_text()
     )
+
+
+def test_lsuv_on_imagenet_is_that_of_the_records():
+    table = pd.read_csv(ROOT / "results" / "tables" / "flat_part.csv").set_index("init")
+    page = " ".join((ROOT / "docs" / "lsuv.md").read_text().split())
+    rows = {name: table.loc[[name]].iloc[-1] for name in ("lsuv", "gaussian", "kmeans", "caffe")}
+    epochs = {name: f"{row['epochs']:.3f}".removeprefix("0") for name, row in rows.items()}
+    assert rows["caffe"].isna()["epochs"]
+    assert (
+        f"LSUV leaves it after {epochs['lsuv']} epochs of a small set, the reference never; "
+        f"our Gaussian after {epochs['gaussian']}, k-means after {epochs['kmeans']}"
+    ) in page
+    assert (
+        f"top-1 of {rows['lsuv']['top1']:.1f} % with LSUV and {rows['caffe']['top1']:.1f} % with the reference; "
+        f"our Gaussian {rows['gaussian']['top1']:.1f} %, k-means {rows['kmeans']['top1']:.1f} %"
+    ) in page
