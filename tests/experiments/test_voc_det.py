@@ -136,6 +136,7 @@ def test_another_network_and_weights_from_a_file(run, settings, tmp_path):
     torch.testing.assert_close(state["fc7.weight"], source.fc7.weight.detach())
 
 
+@pytest.mark.slow  # as are twenty kills of each command, in test_kills.py; that of voc_cls.py is run always
 def test_a_run_killed_on_the_way_ends_with_the_same_weights(run, command, begin, settings, tmp_path):
     long = ("init=pca", *settings, "train.iterations=80", "train.checkpoint_seconds=0")
     whole = record_of(run("voc_det.py", *long, f"output={tmp_path / 'whole'}"))
