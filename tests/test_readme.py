@@ -327,7 +327,8 @@ def test_the_losses_on_imagenet_are_those_of_the_records():
     for path in (ROOT / "results" / "runs" / "imagenet").glob("*/record.json"):
         record = json.loads(path.read_text())
         figure = "figure4" if "GoogLeNet" in record["config"]["model"]["_target_"] else "figure3"
-        name = "GoogLeNet, " * (figure == "figure4") + line_of(record["config"], figure)
+        of_lsuv = "LSUV, inputs times .04" if record["config"]["data"].get("scale") == 0.04 else None
+        name = "GoogLeNet, " * (figure == "figure4") + (line_of(record["config"], figure) or of_lsuv)
         metrics = record["metrics"]
         shares = (f"{100 * metrics[name]:.1f}" for name in ("top1", "top5"))
         expected.add((name, f"{metrics['loss']:.2f}", *shares))
@@ -477,6 +478,11 @@ def test_mnist_is_that_of_the_record():
 def test_lsuv_on_imagenet_is_that_of_the_records():
     table = pd.read_csv(ROOT / "results" / "tables" / "flat_part.csv").set_index("init")
     page = " ".join((ROOT / "docs" / "lsuv.md").read_text().split())
+    googlenet = table["preset"].str.contains("GoogLeNet")
+    ours, theirs = (table[googlenet].loc[name] for name in ("lsuv", "caffe"))
+    assert f"top-1 of {ours['top1']:.1f} % for {theirs['top1']:.1f} %" in page
+    assert f"after {ours['epochs']:.3f} epochs for {theirs['epochs']:.3f}" in page
+    table = table[~googlenet]
     rows = {name: table.loc[[name]].iloc[-1] for name in ("lsuv", "gaussian", "kmeans", "caffe")}
     epochs = {name: f"{row['epochs']:.3f}".removeprefix("0") for name, row in rows.items()}
     assert rows["caffe"].isna()["epochs"]
