@@ -176,7 +176,7 @@ class Graph:
             entering = input_of(operation.name, operation.args, operation.kwargs)
             inputs = [entering.index] if isinstance(entering, Ref) else []
         inputs = [index for index in inputs if index in self.fixed]
-        scaled = self.layers.scaling(operation.func, self._fixed_args(operation))
+        scaled = self.layers.scaling(operation.func, self.fixed_args(operation))
         if scaled is not None and self.layers.owner(scaled[0]) in self._of_layers:
             return []
         return [(self.fixed[index], operation.name) for index in inputs if self.storages[index] not in results]
@@ -187,7 +187,7 @@ class Graph:
         layers = self.layers.found.values()
         return {self.layers.owner(part) for layer in layers for part in (layer.weight, layer.bias) if part is not None}
 
-    def _fixed_args(self, operation: Operation) -> tuple:
+    def fixed_args(self, operation: Operation) -> tuple:
         """Its arguments; None for those that depend on the images."""
         return tuple(self.fixed.get(leaf.index) if isinstance(leaf, Ref) else leaf for leaf in operation.args)
 
@@ -201,7 +201,7 @@ class Graph:
         found: list[int] = []
         for position in reversed(range(len(self.operations))):
             earlier = self.operations[position]
-            if wanted.intersection(earlier.outputs) and earlier is not operation:
+            if wanted.intersection(earlier.outputs):
                 wanted |= {index for index in earlier.inputs if index in self.fixed}
                 found.insert(0, position)
         return found
@@ -280,22 +280,22 @@ class _Batch:
     def execute(self, positions: range) -> None:
         """Run some operations."""
         for position in positions:
-            operation = self.graph.operations[position]
-            arguments = (operation.args, operation.kwargs)
-            args, kwargs = map_tree(arguments, lambda leaf: resolve(leaf, self.values, self.size))
-            results = tensors_of(operation.func(*args, **kwargs))
-            self.values.update(zip(operation.outputs, results, strict=True))
+            self._run(self.graph.operations[position], self.values)
             for value in self.graph.dead[position]:
                 self.values.pop(value, None)
 
     def refresh(self, positions: list[int]) -> None:
         """Compute again what is still needed of what some operations gave, as parameters have changed."""
-        known = dict(self.values) if positions else {}
+        known = dict(self.values)
         for position in positions:
-            operation = self.graph.operations[position]
-            args, kwargs = map_tree((operation.args, operation.kwargs), lambda leaf: resolve(leaf, known, self.size))
-            known.update(zip(operation.outputs, tensors_of(operation.func(*args, **kwargs)), strict=True))
-        self.values.update((index, known[index]) for index in self.values if positions)
+            self._run(self.graph.operations[position], known)
+        self.values.update((index, known[index]) for index in self.values)
+
+    def _run(self, operation: Operation, values: dict[int, Tensor]) -> None:
+        """Add to `values` what an operation gives of them."""
+        arguments = (operation.args, operation.kwargs)
+        args, kwargs = map_tree(arguments, lambda leaf: resolve(leaf, values, self.size))
+        values.update(zip(operation.outputs, tensors_of(operation.func(*args, **kwargs)), strict=True))
 
 
 def _entering(operation: Operation, batches: list[_Batch]) -> list[Tensor]:

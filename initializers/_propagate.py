@@ -572,7 +572,7 @@ class _Propagation:
             return
         fixed, owner = self.graph.fixed, self.graph.layers.owner
         tensors = [fixed[index] for index in operation.inputs if index in fixed]
-        given = [fixed.get(leaf.index) if isinstance(leaf, Ref) else leaf for leaf in operation.args]
+        given = self.graph.fixed_args(operation)
         known = tuple(self.computed.get(memory(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in given)
         scaled = self.graph.layers.scaling(operation.func, known)
         if scaled is not None and operation.outputs[0] in fixed:
