@@ -23,7 +23,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections import Counter
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -60,17 +60,14 @@ FILTERS_OF_TIMM = ("gaussian",)  # so that all of them take days and not weeks
 PINNED_SPREAD = 1.5
 
 
-def networks_of_timm() -> list[str]:
-    """Names of timm's architectures: the first of each of its modules, then the second, and so on."""
+def networks_of_timm() -> list[list[str]]:
+    """Names of timm's architectures, by module."""
     import timm
 
-    rank: Counter[str] = Counter()
-    order = []
+    modules: dict[str, list[str]] = {}
     for name in timm.list_models():
-        module = timm.models.model_entrypoint(name).__module__
-        rank[module] += 1
-        order.append((rank[module], f"{TIMM}{name}"))
-    return [name for _, name in sorted(order)]
+        modules.setdefault(timm.models.model_entrypoint(name).__module__, []).append(f"{TIMM}{name}")
+    return [*modules.values()]
 
 
 def build(name: str) -> nn.Module:
@@ -259,26 +256,41 @@ def about() -> dict:
     return found | {"data": "VOC 2007 train", "seed": SEED}
 
 
-def bench_timm(names: list[str], force: bool) -> None:
+def bench_timm(modules: list[list[str]], force: bool) -> None:
     """A line of TIMM_OUT for each network of timm, with its measures or the reason why it has none.
 
     Networks of more than MOST parameters are skipped, and their lines say so.
+
+    Args:
+        modules: names of networks, by module: the first of each that is not skipped comes first, then the second.
+        force: do those again that have a line.
     """
     TIMM_OUT.parent.mkdir(parents=True, exist_ok=True)
     if TIMM_OUT.exists() and not TIMM_OUT.read_bytes().endswith(b"\n"):
         append_line(TIMM_OUT, "")  # ends the line at which it was killed
     known = {} if force else read_lines(TIMM_OUT, "network")
-    for name in names:
-        if name in known:
-            continue
-        process = multiprocessing.get_context("fork").Process(target=_bench_one, args=(name,))
-        process.start()
-        process.join()
-        if process.exitcode:
-            too_long = process.exitcode == -signal.SIGXCPU
-            reason = f"more than {CPU_LIMIT} s" if too_long else f"its process ended with {process.exitcode}"
-            _append(name, {"failed": reason})
+    waiting = [deque(names) for names in modules]
+    while any(waiting):
+        for names in waiting:
+            skipped = True
+            while names and skipped:
+                name = names.popleft()
+                if name not in known:
+                    known[name] = _in_a_process(name)
+                skipped = "skipped" in known[name]
     print(TIMM_OUT)
+
+
+def _in_a_process(name: str) -> dict:
+    """The record of a network of timm, made and written in a process of its own, as it may take this one down."""
+    process = multiprocessing.get_context("fork").Process(target=_bench_one, args=(name,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        too_long = process.exitcode == -signal.SIGXCPU
+        reason = f"more than {CPU_LIMIT} s" if too_long else f"its process ended with {process.exitcode}"
+        _append(name, {"failed": reason})
+    return read_lines(TIMM_OUT, "network")[name]
 
 
 def _bench_one(name: str) -> None:
@@ -313,7 +325,7 @@ def main() -> None:
         parser.error(f"no classification network of torchvision: {', '.join(unknown)}")
     timm = [name for name in arguments.networks if name.startswith(TIMM)]
     if arguments.timm or timm:
-        bench_timm(timm or networks_of_timm(), arguments.force)
+        bench_timm([timm] if timm else networks_of_timm(), arguments.force)
     given = [name for name in arguments.networks if name not in timm]
     if given or not (arguments.timm or timm):
         bench_torchvision(given or names, arguments.force)
