@@ -14,7 +14,10 @@ from experiments.data.voc import read_split
 from experiments.networks.caffenet import CaffeNet
 from initializers import caffe, change_rate, gaussian, initialize, rescale
 
-pytestmark = pytest.mark.skipif("VOC_ROOT" not in os.environ, reason="needs real images: set VOC_ROOT")
+pytestmark = [
+    pytest.mark.skipif("VOC_ROOT" not in os.environ, reason="needs real images: set VOC_ROOT"),
+    pytest.mark.slow,  # half a minute to two; test_reference.py compares a small network
+]
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference" / "caffenet_voc_rates.json").read_text())
 
@@ -35,7 +38,6 @@ def within(model, images, seed):
     initialize(model, images, "gaussian", between=False, seed=seed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "method", "tolerance"),
     [
@@ -75,10 +77,7 @@ def channel_statistics(model, images):
     return found
 
 
-FILTERS = [
-    "gaussian",
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("kmeans", "pca", "zca", "patches", "orthonormal")),
-]
+FILTERS = ["gaussian", "kmeans", "pca", "zca", "patches", "orthonormal"]
 
 
 @pytest.mark.parametrize("filters", FILTERS)
@@ -114,7 +113,6 @@ def test_every_layer_is_normalised_and_learns_at_one_rate(filters, voc):
         assert sum(spreads) / 2 <= 1.02 * limit
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("filters", FILTERS)
 def test_without_lrn_balancing_keeps_the_function(filters, voc):
     images, others = voc

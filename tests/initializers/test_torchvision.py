@@ -36,6 +36,21 @@ def vgg11(num_classes):
     return model
 
 
+def shufflenet_v2_x0_5(**options):
+    return models.ShuffleNetV2([2, 3, 2], [24, 48, 96, 192, 256], **options)
+
+
+def regnet_y_400mf(**options):
+    shape = models.regnet.BlockParams.from_init_params(depth=8, w_0=48, w_a=56, w_m=2.09, group_width=8, se_ratio=0.25)
+    return models.RegNet(shape, **options)
+
+
+def efficientnet_b0(**options):
+    stages = ((1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 1), (6, 3, 2, 40, 80, 2))
+    settings = [models.efficientnet.MBConvConfig(*stage) for stage in stages]
+    return models.EfficientNet(settings, 0.2, **options)
+
+
 def convnext_tiny(**options):
     settings = [models.convnext.CNBlockConfig(*widths, 1) for widths in ((24, 48), (48, 96), (96, None))]
     return models.ConvNeXt(settings, **options)
@@ -56,9 +71,9 @@ NETWORKS = {
     "inception_v3": partial(models.inception_v3, init_weights=False),  # kernels that are not square
     "squeezenet1_1": models.squeezenet1_1,  # concatenations without normalisation
     "mobilenet_v3_small": models.mobilenet_v3_small,  # depthwise; hard swish; gates
-    "shufflenet_v2_x0_5": models.shufflenet_v2_x0_5,  # channels split and shuffled
-    "regnet_y_400mf": models.regnet_y_400mf,  # groups; gates behind a sigmoid
-    "efficientnet_b0": models.efficientnet_b0,  # SiLU
+    "shufflenet_v2_x0_5": shufflenet_v2_x0_5,  # channels split and shuffled
+    "regnet_y_400mf": regnet_y_400mf,  # groups; gates behind a sigmoid
+    "efficientnet_b0": efficientnet_b0,  # SiLU
     "convnext_tiny": convnext_tiny,  # LayerNorm, GELU, layer scale
     "vit_b_32": partial(models.VisionTransformer, 64, 16, 3, 4, 48, 96),  # attention
     "swin_v2_t": swin_v2_t,  # attention in shifted windows, with biases that a network of its own computes
