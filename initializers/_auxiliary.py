@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from initializers._function import Function, some
-from initializers._layers import AuxiliaryScaling, Layer, Layers
+from initializers._layer import Layer
+from initializers._layers import Layers
 from initializers._model import InitializationError, snapshot
 from initializers._rates import RATE_DRAWS, usable_rates
 from initializers._report import Report
+from initializers._scaled import AuxiliaryScaling
 
 
 def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: int, seed: int, report: Report) -> Layers:

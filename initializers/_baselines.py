@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from initializers._filters import orthonormal
 from initializers._graph import Batches
 from initializers._inputs import as_inputs
-from initializers._layers import MODULES, NO_LAYER, Call, Layer, Layers, affine_modules
+from initializers._layer import Call, Layer
+from initializers._layers import MODULES, NO_LAYER, Layers, affine_modules
 from initializers._model import InitializationError, unchanged_on_error, unwrapped
 from initializers._report import LayerReport, Report
 from initializers._sweep import inactive_dropout, recorded, sweep, with_masks

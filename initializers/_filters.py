@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from initializers._layers import Call, Layer
+from initializers._layer import Call, Layer
 
 Filters = Literal["gaussian", "pca", "zca", "kmeans", "patches", "orthonormal"]
 DATA_DRIVEN = ("pca", "zca", "kmeans", "patches")

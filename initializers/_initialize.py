@@ -12,7 +12,8 @@ from initializers._auxiliary import insert_auxiliary
 from initializers._between import equalise_between
 from initializers._filters import Filters
 from initializers._inputs import as_inputs
-from initializers._layers import Layers, memory
+from initializers._layer import memory
+from initializers._layers import Layers
 from initializers._model import InitializationError, constants, scripted, unchanged_on_error, unwrapped
 from initializers._propagate import Lrn, Outputs, propagate
 from initializers._report import Report

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from initializers._layers import Call
+from initializers._layer import Call
 from initializers._scales import Scales
 
 

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from initializers._calls import AFFINE, MODULE_FUNCTIONS, input_of
 from initializers._graph import SIZES, Graph, Operation, Ref, map_tree, resolve
-from initializers._layers import AFFINE, MODULE_FUNCTIONS, Layer, input_of, memory, overlap
+from initializers._layer import Layer, memory, overlap
 from initializers._model import InitializationError, tensors_of
 from initializers._scales import PINNED, Norm, Scales, Use
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from initializers._inputs import as_inputs
-from initializers._layers import PIECE, Call, Layer, Layers, forward
+from initializers._layer import PIECE, Call, Layer
+from initializers._layers import Layers, forward
 from initializers._model import InitializationError, unchanged_on_error, unwrapped, without_memory
 from initializers._plot import plot_rates
 

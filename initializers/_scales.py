@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from initializers._layers import Layer
+from initializers._layer import Layer
 from initializers._model import InitializationError
 from initializers._rates import Measurement
 

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from initializers._graph import IMAGES_AT_A_TIME, Batches, Graph, UngraphableError, Visit, record, record_once
-from initializers._layers import Call, Layer, Layers, forward
+from initializers._graph import IMAGES_AT_A_TIME, Batches, Graph, Visit
+from initializers._layer import Call, Layer
+from initializers._layers import Layers, forward
 from initializers._model import (
     InitializationError,
     dropouts,
@@ -17,6 +18,7 @@ from initializers._model import (
     without_dropout,
     without_memory,
 )
+from initializers._record import UngraphableError, record, record_once
 from initializers._report import Report
 
 

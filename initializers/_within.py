@@ -18,7 +18,8 @@ from torch import Tensor
 
 from initializers._filters import DATA_DRIVEN, draw_filters
 from initializers._graph import Batches
-from initializers._layers import Call, Layer, Layers, channel_statistics
+from initializers._layer import Call, Layer, channel_statistics
+from initializers._layers import Layers
 from initializers._model import InitializationError
 from initializers._report import LayerReport, Report
 from initializers._sweep import Recorded, sweep

@@ -37,7 +37,8 @@ from experiments.data.voc import read_split
 from experiments.engine.run import device_name, versions
 from experiments.files import append_line, read_lines, write_json
 from initializers._images import open_image
-from initializers._layers import Call, Layers, forward
+from initializers._layer import Call
+from initializers._layers import Layers, forward
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "bench" / "families.json"
 TIMM_OUT = OUT.with_name("timm.jsonl")

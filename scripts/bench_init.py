@@ -30,7 +30,8 @@ from experiments.files import write_json
 from experiments.networks import CaffeNet
 from initializers import _filters
 from initializers._filters import MAX_PATCH_VALUES, draw_patches, spherical_kmeans, whitening_matrix
-from initializers._layers import Call, Layers, forward
+from initializers._layer import Call
+from initializers._layers import Layers, forward
 
 IMAGES = 160
 DEPTHS = (8, 16, 32, 64)  # of stacks of equal convolutions

@@ -19,7 +19,8 @@ from initializers import (
     torch_default,
     xavier,
 )
-from initializers._layers import ALL_COMPUTED, NO_LAYER, channel_statistics
+from initializers._layer import channel_statistics
+from initializers._layers import ALL_COMPUTED, NO_LAYER
 
 WITH_IMAGES = (initialize, rescale, change_rate, lsuv)
 WITHOUT_IMAGES = (caffe, gaussian, msra, torch_default, xavier)

@@ -19,7 +19,8 @@ from initializers._filters import (
     spherical_kmeans,
     whitening_matrix,
 )
-from initializers._layers import Call, Layer, Layers, forward
+from initializers._layer import Call, Layer
+from initializers._layers import Layers, forward
 
 LAYERS = {
     "plain": lambda: nn.Conv2d(6, 12, 3, bias=False),

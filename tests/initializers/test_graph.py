@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from initializers import InitializationError, initialize, rescale
-from initializers._graph import Graph, UngraphableError, record
+from initializers._graph import Graph
 from initializers._layers import Layers
+from initializers._record import UngraphableError, record
 from initializers._sweep import IMAGES_AT_A_TIME, Recorded, sweep
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from initializers import InitializationError, change_rate, initialize, rescale
-from initializers._graph import record
 from initializers._layers import Layers
 from initializers._propagate import propagate
+from initializers._record import record
 
 SIZE = 5  # of the images
 

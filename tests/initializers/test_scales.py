@@ -13,10 +13,10 @@ from torchvision.ops import roi_align, roi_pool
 
 from experiments.networks.caffenet import CaffeNet
 from initializers import InitializationError, initialize, rescale
-from initializers._graph import record
 from initializers._layers import Layers
 from initializers._propagate import propagate
 from initializers._rates import usable_rates
+from initializers._record import record
 from initializers._scales import Norm, _scale_norm
 from initializers._weight_norm import unnormalised
 
