@@ -144,28 +144,26 @@ class Scales:
     def powers_of_two(self, measurement: Measurement, u: Tensor) -> Tensor:
         """Multiples of log 2 near the optimal log-scales u, changed one by one as long as the rates come closer.
 
-        Scales that must be equal (a class) are rounded together, from their mean. Then, again and again, the one class
-        whose step up or down by a factor of two lowers the variance of the logs of the rates most takes that step.
+        Again and again the one of `_moves`, up or down, is made that lowers the variance of the logs of the rates most.
         """
-        classes = self._classes()
-        sizes = classes.sum(1)
-        floors = torch.where(classes > 0, self._floors(), -math.inf).amax(1)
+        moves, floors = self._moves(), self._floors()
         logs, slopes = self._log_rates(measurement, u)
-        slopes = slopes @ classes.T * math.log(2)
-        exponents = classes @ u / sizes / math.log(2)
-        rounded = exponents.round().maximum(floors)
-        logs = logs + slopes @ (rounded - exponents)
-        exponents = rounded
-        while len(classes):
-            candidates = torch.cat([logs.unsqueeze(1) + slopes, logs.unsqueeze(1) - slopes], 1)
+        exact = u / math.log(2)
+        exponents = torch.linalg.lstsq(moves.T, exact.unsqueeze(1)).solution.squeeze(1).round() @ moves
+        exponents = _at_least(floors, exponents, moves)
+        logs = logs + slopes @ (exponents - exact) * math.log(2)
+        steps = torch.cat([moves, -moves])
+        changes = slopes @ steps.T * math.log(2)
+        while len(steps):
+            candidates = logs.unsqueeze(1) + changes
             variances = candidates.var(0, correction=0)
-            variances[len(classes) :][exponents - 1 < floors] = math.inf
-            variance, move = variances.min(0)
+            variances[(exponents + steps < floors).any(1)] = math.inf
+            variance, step = variances.min(0)
             if variance > (1 - 1e-9) * logs.var(correction=0):
                 break
-            exponents[move % len(classes)] += 1 if move < len(classes) else -1
-            logs = candidates[:, move]
-        return classes.T @ exponents * math.log(2)
+            exponents = exponents + steps[step]
+            logs = candidates[:, step]
+        return exponents * math.log(2)
 
     def _floors(self) -> Tensor:
         """The least exponent of two of each variable that a BatchNorm behind it takes without rounding anything.
@@ -183,19 +181,33 @@ class Scales:
                 floors.scatter_reduce_(0, norm.incoming.expand_as(least), least, "amax")
         return floors
 
-    def _classes(self) -> Tensor:
-        """Variables forced to be equal, float64 0 or 1 (classes, 1 + variables); without those that are pinned.
+    def _moves(self) -> Tensor:
+        """Whole numbers by which exponents of two may change, float64 (moves, 1 + variables): sums of these may, too.
 
-        Variables in longer constraints count as pinned.
+        Variables forced to be equal move together. Of longer constraints, as of queries and keys whose scales cancel
+        out, one variable follows from the others; where it would not be whole, all of them are pinned.
         """
         equal = torch.eye(1 + self.variables, dtype=torch.bool)
+        longer = []
         for row in self.constraints:
-            labels = [label for label, _ in row]
-            if [coefficient for _, coefficient in row] not in ([1, -1], [-1, 1]):
-                labels.append(PINNED)
-            merged = equal[labels].any(0)
-            equal[merged] = merged
-        return equal[~equal[:, PINNED]].unique(dim=0).double()
+            labels, coefficients = zip(*row, strict=True)
+            if len(row) == 1 or coefficients in ((1, -1), (-1, 1)):
+                merged = equal[[*labels, PINNED] if len(row) == 1 else [*labels]].any(0)
+                equal[merged] = merged
+            else:
+                longer.append(row)
+        moves = equal[~equal[:, PINNED]].unique(dim=0).double()
+        for row in sorted(longer):
+            labels, coefficients = zip(*row, strict=True)
+            sums = moves[:, list(labels)] @ moves.new_tensor(coefficients)
+            sums /= max(1, math.gcd(*(int(each) for each in sums)))
+            follows = (sums.abs() == 1).nonzero()[:1, 0]
+            if len(follows):
+                moves = moves - (sums * sums[follows]).unsqueeze(1) * moves[follows]
+                moves = moves[torch.arange(len(moves)) != follows]
+            else:
+                moves = moves[sums == 0]
+        return moves
 
     def _log_rates(self, measurement: Measurement, u: Tensor) -> tuple[Tensor, Tensor]:
         """Logs of the average change rates at the scales u, and their derivatives by u; both float64.
@@ -232,7 +244,7 @@ class Scales:
         Args:
             more: log-factors by layer, for what else they were multiplied by.
         """
-        return {use.layer.name: (self._changes(use, u).mean() + more[use.layer.name]).exp().item() for use in self.uses}
+        return {use.layer.name: _exp(self._changes(use, u).mean() + more[use.layer.name]).item() for use in self.uses}
 
     def _changes(self, use: Use, u: Tensor) -> Tensor:
         """Logs of what the weights of each input channel are multiplied by, (groups, inputs)."""
@@ -246,17 +258,34 @@ class Scales:
         """
         u = u.cpu()
         for use in self.uses:
-            use.layer.scale_inputs(self._changes(use, u).exp())
+            use.layer.scale_inputs(_exp(self._changes(use, u)))
             if use.layer.bias is not None:
-                use.layer.bias.mul_(u[use.output].exp().item())
+                use.layer.bias.mul_(_exp(u[use.output]).item())
         for norm in self.norms:
             _scale_norm(norm, u)
         for parameter, label in self.leaves:
-            parameter.mul_(u[label].exp().item())
+            parameter.mul_(_exp(u[label]).item())
         for parameter, incoming, output in self.gains:
-            parameter.mul_((u[output] - u[incoming]).exp().to(parameter))
+            parameter.mul_(_exp(u[output] - u[incoming]).to(parameter))
         for module, label in self.lrns:
-            module.alpha *= (-2 * u[label]).exp().item()
+            module.alpha *= _exp(-2 * u[label]).item()
+
+
+def _exp(u: Tensor) -> Tensor:
+    """exp(u), and a power of two to the bit where u is a multiple of log 2."""
+    whole = (u / math.log(2)).round()
+    return torch.where((u - whole * math.log(2)).abs() < 1e-9, whole.exp2(), u.exp())
+
+
+def _at_least(floors: Tensor, exponents: Tensor, moves: Tensor) -> Tensor:
+    """The exponents, moved up where they are below their floors; 0, which is not, where that does not end."""
+    for _ in range(1 + len(moves)):
+        short, variable = (floors - exponents).max(0)
+        if short <= 0:
+            return exponents
+        move = moves[moves[:, variable] != 0][0]
+        exponents = exponents + move * move[variable].sign() * (short / move[variable].abs()).ceil()
+    return torch.zeros_like(exponents)
 
 
 def _scale_norm(norm: Norm, u: Tensor) -> None:
@@ -269,7 +298,7 @@ def _scale_norm(norm: Norm, u: Tensor) -> None:
     Raises:
         InitializationError: there is no weight to do so.
     """
-    incoming, outgoing = u[norm.incoming].exp(), u[norm.output].exp().item()
+    incoming, outgoing = _exp(u[norm.incoming]), _exp(u[norm.output]).item()
     correction: float | Tensor = 1.0
     if norm.mean is not None and norm.variance is not None:
         variance, total = _scaled_variance(norm.variance, norm.eps, incoming)
@@ -282,7 +311,7 @@ def _scale_norm(norm: Norm, u: Tensor) -> None:
                 f"{incoming.min():.1e}; lower it, or pass affine=True"
             )
     elif norm.module is not None:
-        norm.module.eps *= (2 * u[norm.incoming[0]]).exp().item()
+        norm.module.eps *= _exp(2 * u[norm.incoming[0]]).item()
     if norm.weight is not None:
         norm.weight.copy_(norm.weight * (outgoing * correction))
     if norm.bias is not None:

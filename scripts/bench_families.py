@@ -144,12 +144,16 @@ def channel_statistics(model: nn.Module, images: Tensor) -> dict[str, tuple[bool
 def deviations(report: initializers.Report, measured: dict[str, tuple[bool, Tensor, Tensor]]) -> dict[str, float]:
     """How far the layers are from unit deviation and from the mean: BIAS, or 0 where there is no bias to set.
 
-    Channels that do not vary, which the report notes, are not counted. Without a bias, a layer whose input hardly
-    varies but along its mean cannot be centred: such channels are counted, as `uncentred`.
+    Channels that do not vary, and layers whose input does not, which the report notes, are not counted. Without a
+    bias, a layer whose input hardly varies but along its mean cannot be centred: such channels are counted, as
+    `uncentred`.
     """
-    dead = {layer.name for layer in report.layers if "do not vary" in layer.note}
+    notes = {layer.name: layer.note for layer in report.layers}
+    dead = {name for name, note in notes.items() if "do not vary" in note}
     found = {"std": 0.0, "mean": 0.0, "mean_without_bias": 0.0, "uncentred": 0}
     for name, (biased, mean, std) in measured.items():
+        if "the same for all images" in notes.get(name, ""):
+            continue
         alive = (std > 0.5) | torch.tensor(name not in dead)
         mean, std = mean[alive], std[alive]
         found["std"] = max(found["std"], (std - 1).abs().max().item())

@@ -17,7 +17,7 @@ from initializers._layers import Layers
 from initializers._propagate import propagate
 from initializers._rates import usable_rates
 from initializers._record import record
-from initializers._scales import Norm, _scale_norm
+from initializers._scales import Norm, Scales, _scale_norm
 from initializers._weight_norm import unnormalised
 
 
@@ -971,6 +971,75 @@ def test_scales_are_powers_of_two_where_rounding_is_amplified():
     double = Chaos().double()
     double.load_state_dict(model.state_dict())
     assert not rescale(double, images.double()).powers_of_two
+
+
+class ChaosOfProducts(Chaos):
+    """The same, of queries, keys and values, or of a product of activations, whose scales hold by sums."""
+
+    def __init__(self, kind):
+        super().__init__(gain=20.0 if kind == "attention" else 10.0)
+        self.kind = kind
+        self.c = nn.ModuleList(nn.Linear(8, 8) for _ in self.a)
+        with torch.no_grad():
+            for number, layers in enumerate(zip(self.a, self.b, self.c, strict=True)):
+                for layer, factor in zip(layers, (4.0, 0.1, 30.0), strict=True):
+                    layer.weight *= factor ** (-1) ** number
+
+    def forward(self, x):
+        for norm, a, b, c in zip(self.norms, self.a, self.b, self.c, strict=True):
+            x = norm(x)
+            if self.kind == "attention":
+                x = c((a(x) * b(x) / 8).softmax(-1) * x)
+            elif self.kind == "product":
+                x = c(F.relu(a(x)) * b(x))
+            else:
+                x = c(F.relu(a(x)).square() + F.relu(b(x)))
+            x = torch.sin(self.gain * F.layer_norm(x, (8,)))
+        return x
+
+
+@pytest.mark.parametrize("kind", ["attention", "product", "square"])
+def test_powers_of_two_where_scales_hold_by_sums(kind):
+    torch.manual_seed(0)
+    model, images = ChaosOfProducts(kind), torch.randn(20, 8)
+    with torch.no_grad():
+        before = model(images)
+    exact = copy.deepcopy(model).double()
+    report = rescale(model, images)
+    assert report.powers_of_two
+    assert torch.equal(model(images), before)
+    least = rescale(exact, images.double()).spread_after
+    assert report.spread_after < 16 * least < report.spread_before / 1000
+
+
+def test_powers_of_two_are_exact_in_float64():
+    torch.manual_seed(0)
+    model, images = ChaosOfProducts("attention").double(), torch.randn(20, 8).double()
+    model.gain = 70.0
+    with torch.no_grad():
+        before = model(images)
+    report = rescale(model, images)
+    assert report.powers_of_two
+    assert torch.equal(model(images), before)
+
+
+def test_moves_of_powers_of_two_are_whole_and_keep_the_constraints():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        scales, size = Scales(), 12
+        for _ in range(size):
+            scales.new()
+        for terms in generator.choice([2, 2, 3, 4], generator.integers(1, 7)):
+            labels = generator.choice(np.arange(1, size + 1), terms, replace=False)
+            signs = [1, -1] if terms == 2 and generator.random() < 0.7 else generator.choice([1, -1, 2, -2], terms)
+            scales.constrain(*zip(labels.tolist(), map(int, signs), strict=True))
+        moves, basis = scales._moves(), scales.basis()
+        assert torch.equal(moves, moves.round())
+        assert torch.linalg.matrix_rank(moves) == len(moves) if len(moves) else True
+        assert (moves - moves @ basis @ basis.T).abs().max() < 1e-9 if len(moves) else True
+        units = all(abs(coefficient) == 1 for row in scales.constraints for _, coefficient in row)
+        assert len(moves) <= basis.shape[1]
+        assert len(moves) == basis.shape[1] or not units
 
 
 class ChaosBehindBatchNorm(nn.Module):
