@@ -23,7 +23,6 @@ import resource
 import signal
 import sys
 import traceback
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -267,27 +266,31 @@ def bench_timm(modules: list[list[str]], force: bool) -> None:
     Networks of more than MOST parameters are skipped, and their lines say so.
 
     Args:
-        modules: names of networks, by module: the first of each that is not skipped comes first, then the second.
+        modules: names of networks, by module: the smallest of each comes first, then the second.
         force: do those again that have a line.
     """
     TIMM_OUT.parent.mkdir(parents=True, exist_ok=True)
     if TIMM_OUT.exists() and not TIMM_OUT.read_bytes().endswith(b"\n"):
         append_line(TIMM_OUT, "")  # ends the line at which it was killed
     known = {} if force else read_lines(TIMM_OUT, "network")
-    waiting = [deque(names) for names in modules]
-    while any(waiting):
-        for names in waiting:
-            skipped = True
-            while names and skipped:
-                name = names.popleft()
-                if name not in known:
-                    known[name] = _in_a_process(name)
-                skipped = "skipped" in known[name]
+    for turn in range(max(map(len, modules))):
+        for names in modules:
+            if turn == 0:
+                names.sort(key=parameters)
+            if turn < len(names) and names[turn] not in known:
+                _in_a_process(names[turn])
     print(TIMM_OUT)
 
 
-def _in_a_process(name: str) -> dict:
-    """The record of a network of timm, made and written in a process of its own, as it may take this one down."""
+def parameters(name: str) -> int:
+    """How many a network has; 0 where it cannot be built, as its line will say."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(name).parameters())
+    return 0
+
+
+def _in_a_process(name: str) -> None:
+    """Measure a network of timm in a process of its own, as it may take this one down."""
     process = multiprocessing.get_context("fork").Process(target=_bench_one, args=(name,))
     process.start()
     process.join()
@@ -295,14 +298,12 @@ def _in_a_process(name: str) -> dict:
         too_long = process.exitcode == -signal.SIGXCPU
         reason = f"more than {CPU_LIMIT} s" if too_long else f"its process ended with {process.exitcode}"
         _append(name, {"failed": reason})
-    return read_lines(TIMM_OUT, "network")[name]
 
 
 def _bench_one(name: str) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT + 10))
     try:
-        with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in build(name).parameters())
+        count = parameters(name)
         _append(name, {"skipped": f"{count:,} parameters"} if count > MOST else bench(name))
     except Exception as error:
         traceback.print_exc()
