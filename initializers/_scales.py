@@ -274,7 +274,7 @@ class Scales:
 def _exp(u: Tensor) -> Tensor:
     """exp(u), and a power of two to the bit where u is a multiple of log 2."""
     whole = (u / math.log(2)).round()
-    return torch.where((u - whole * math.log(2)).abs() < 1e-9, whole.exp2(), u.exp())
+    return torch.where((u - whole * math.log(2)).abs() < 1e-13, whole.exp2(), u.exp())
 
 
 def _at_least(floors: Tensor, exponents: Tensor, moves: Tensor) -> Tensor:
