@@ -187,6 +187,7 @@ def measure(name: str, model: nn.Module, images: Tensor, filters: str) -> dict:
         "waiting": len(between.layers) - len(rates),  # which do not learn yet
         "spread_before": between.spread_before,
         "spread_after": between.spread_after,
+        "held_by": between.held_by,
         "log_variance_before": log_variance([rate for rate, _ in rates]),
         "log_variance_after": log_variance([rate for _, rate in rates]),
         "output_change": between.output_change,

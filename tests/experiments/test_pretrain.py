@@ -108,8 +108,8 @@ def test_folding_batch_norm_keeps_the_function_and_leaves_no_trace():
 
 def test_a_run_leaves_weights_that_start_another(run, finish, demo, tmp_path):
     overrides = ["preset=demo", "data=demo", f"data.root={demo / 'set'}", f"data.cache={demo / 'cache'}"]
-    overrides += ["output=outputs", "init.images=60", "train.iterations=300", "train.log_every=20"]
-    overrides += ["evaluate.pairs=400", "train.batch_size=20"]
+    overrides += ["output=outputs", "init.images=60", "train.iterations=60", "train.log_every=20"]
+    overrides += ["evaluate.pairs=100", "train.batch_size=20"]
     overrides += ["model.batch_norm=true"]  # which is folded away: the weights start a network without it
     command = [sys.executable, ROOT / "experiments" / "pretrain.py", *overrides]
     done = finish(command)

@@ -129,14 +129,11 @@ def test_table1_runs_the_cells_that_the_paper_fills(run, tmp_path):
 
 
 def test_24_of_the_32_cells_of_table1_are_published():
-    cells = itertools.product(("gaussian", "kmeans"), BOTH, BOTH, ("sgd", "adam"), BOTH)
     found = Counter()
-    for init, within, between, optimizer, batch_norm in cells:
-        cfg = config(
-            *("published=table1", f"init={init}", f"init.within={within}", f"init.between={between}"),
-            *(f"optimizer={optimizer}", f"model.batch_norm={batch_norm}"),
-        )
-        found[voc_cls.left_out(cfg) == ""] += 1
+    for init, optimizer in itertools.product(("gaussian", "kmeans"), ("sgd", "adam")):
+        cfg = config("published=table1", f"init={init}", f"optimizer={optimizer}")
+        for cfg.init.within, cfg.init.between, cfg.model.batch_norm in itertools.product(BOTH, BOTH, BOTH):
+            found[voc_cls.left_out(cfg) == ""] += 1
     assert found == {True: 24, False: 8}
 
 
@@ -149,6 +146,9 @@ def test_table3_names_the_files_that_are_not_there(run, tmp_path):
     assert run("voc_det.py", "-m", "+sweep=table3").stdout.count("not run: data/weights/") == 8
     assert not (tmp_path / "outputs" / "voc_cls").exists()
 
+
+@pytest.mark.slow
+def test_table3_runs_the_files_that_are_there(run, tmp_path):
     torch.save(CaffeNet(1000, input_size=67, width=0.25, fc=128).state_dict(), tmp_path / "a.pth")
     settings = ("weights=krizhevsky2012", "init.weights=a.pth", "train.iterations=5", "init.images=60")
     done = run("voc_cls.py", "-m", "+sweep=table3", *settings)
@@ -215,7 +215,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(run, kill, tmp_
     whole = record_of(run("voc_cls.py", *long, f"output={tmp_path / 'whole'}"))
 
     kill(lambda: list(tmp_path.glob("outputs/voc_cls/*/.lock")), *long)
-    for reached in (1, 10, 22):
+    for reached in (1, 15):
         kill(lambda reached=reached: rows(tmp_path) >= reached, *long)
     parts = record_of(run("voc_cls.py", *long))
     assert Path(whole).parent.name == Path(parts).parent.name
@@ -230,7 +230,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(run, kill, tmp_
 
 
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(run):
-    command = ("voc_cls.py", "init=xavier", "train.iterations=300", "train.checkpoint_seconds=0")
+    command = ("voc_cls.py", "init=xavier", "train.iterations=100", "train.checkpoint_seconds=0")
     record = Path(record_of(run(*command)))
     expected, newest, curve = weights(record), record.with_name("checkpoint.pt"), record.with_name("curve.csv")
     before = curve.read_text().splitlines()

@@ -674,11 +674,14 @@ def test_the_change_of_a_family_is_that_of_the_network_which_changes_most(famili
 def test_networks_of_timm_have_rows_of_their_own_and_failures_are_named(families):
     path, add = families
     add("vgg11", kmeans={"spread_before": 12.0, "spread_after": 1.001})
-    measured = MEASURED | {"spread_before": 34.0, "spread_after": 1.2}
+    measured = MEASURED | {"spread_before": 34.0, "spread_after": 1.2, "held_by": ["softmax"]}
+    held = measured | {"spread_after": 12.0, "spread_after_scaling": 1.0, "held_by": ["gelu"]}
     lines = [
         {"network": "timm/levit_128s", "failed": "more than 1800 s"},
         {"network": "timm/levit_128s", "module": "levit", "size": 64, "parameters": 10, "images": 16}
         | {"filters": {"kmeans": measured}},  # tried again
+        {"network": "timm/vit_tiny", "module": "vit", "size": 64, "parameters": 10, "images": 16}
+        | {"filters": {"kmeans": held}},
         {"network": "timm/coat_tiny", "failed": "InitializationError: no layer learns"},
     ]
     lines.append({"network": "timm/vit_giant", "skipped": "1,000,000,000 parameters"})
@@ -686,7 +689,8 @@ def test_networks_of_timm_have_rows_of_their_own_and_failures_are_named(families
     path.with_name("timm.jsonl").write_text(text + '{"network": "timm/resnet')  # killed while it wrote
     torchvision, _, timm = make_tables.families_table(path)["families.md"].partition("## timm\n")
     assert "| VGG | 1 | 12 → 1.0 | 1.0 |" in torchvision
-    assert "| levit | 1 | 34 → 1.2 | 1.2 |" in timm
+    assert "| levit | 1 | 34 → 1.2 | 1.2 | 1e+00 (1e+00) |  |\n" in timm
+    assert "| vit | 1 | 34 → 12 | 1.0 | 1e+00 (1e+00) | held by gelu |\n" in timm
     assert "- `timm/coat_tiny`: InitializationError: no layer learns\n" in timm
     assert "1800 s" not in timm
     assert "giant" not in timm
