@@ -466,13 +466,23 @@ def test_how_ours_passes_deep_networks(folder, line, way, said):
     assert said.format(f"{largest:.1e}") in " ".join((ROOT / "docs" / "lsuv.md").read_text().split())
 
 
-def test_mnist_is_that_of_the_record():
+def test_small_images_are_those_of_the_records():
     table = pd.read_csv(ROOT / "results" / "tables" / "small_images.csv")
-    (row,) = (row for _, row in table.iterrows() if "data.name=mnist" in row["preset"] and row["init"] == "lsuv")
+    page = " ".join((ROOT / "docs" / "lsuv.md").read_text().split())
+    mnist = table[table["preset"].str.contains("data.name=mnist")].sort_values("seed")
+    each = ", ".join(f"{top1 / 100:.4f}".removeprefix("0") for top1 in mnist["top1"])
+    assert {*mnist["init"]} == {"lsuv"}
+    assert f"| {each} (seeds {', '.join(map(str, mnist['seed']))}) at full scale" in page
+    relu = table[table["preset"].str.contains("FitNet4")].set_index("init")
+    shown = {name: f"{row['top1']:.1f} %" for name, row in relu.iterrows() if row["converges"]}
+    assert {*shown} == {"lsuv", "he", "gaussian", "kmeans"}
     assert (
-        f"| {row['top1'] / 100:.4f}, one seed, at full scale".replace("| 0.", "| .")
-        in (ROOT / "docs/lsuv.md").read_text()
-    )
+        f"with ReLU: LSUV {shown['lsuv']} and He {shown['he']}; plain orthonormal and Xavier do not converge; "
+        f"our Gaussian {shown['gaussian']}, k-means {shown['kmeans']};"
+    ) in page
+    epochs = {name: f"{relu.loc[name, 'epochs']:.2f}".removeprefix("0") for name in shown}
+    assert f"after {epochs['kmeans']} epochs with our k-means, {epochs['gaussian']} epochs with our Gaussian, " in page
+    assert f"{epochs['he']} with He and {epochs['lsuv']} with" in page
 
 
 def test_lsuv_on_imagenet_is_that_of_the_records():
