@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 import initializers
 from experiments.engine.figures import line_of
 from experiments.engine.run import init_key
+from experiments.files import read_lines
 from initializers.__main__ import make_parser
 from scripts import reproduce
 
@@ -263,6 +264,19 @@ def test_ratios_are_those_of_the_benchmarks(name):
     assert stated
     for what, value in stated.items():
         assert value == f"{ratios[what]:.2f}"
+
+
+def test_what_is_said_of_timm_is_that_of_its_networks():
+    lines = read_lines(ROOT / "results/bench/timm.jsonl", "network").values()
+    measured = [each for line in lines for each in line.get("filters", {}).values()]
+    modules = {line["module"] for line in lines if "module" in line}
+    scaled = [each["spread_after_scaling"] or each["spread_after"] for each in measured]
+    page = " ".join(DOCS["families"].split())
+    assert f"{len(measured)} networks of {len(modules)} modules of timm" in page
+    assert not [line for line in lines if "failed" in line]
+    assert max(each["output_change_all_images"] for each in measured) < 1e-4
+    assert max(scaled) < 4
+    assert f"{sum(each['spread_after'] > 10 for each in measured)} keep a spread of more than 10" in page
 
 
 def test_families_are_those_of_the_table():
