@@ -23,6 +23,7 @@ import resource
 import signal
 import sys
 import traceback
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -276,13 +277,14 @@ def bench_timm(modules: list[list[str]], force: bool) -> None:
     known = {} if force else read_lines(TIMM_OUT, "network")
     for turn in range(max(map(len, modules))):
         for names in modules:
-            if turn == 0:
+            if turn == 0:  # and not for all of them at once, which takes minutes
                 names.sort(key=parameters)
             if turn < len(names) and names[turn] not in known:
                 _in_a_process(names[turn])
     print(TIMM_OUT)
 
 
+@cache
 def parameters(name: str) -> int:
     """How many a network has; 0 where it cannot be built, as its line will say."""
     with contextlib.suppress(Exception), torch.device("meta"):

@@ -192,7 +192,7 @@ A row per module of timm, of its networks of up to 60 million parameters that ha
 (`results/bench/timm.jsonl`, written by `python scripts/bench_families.py --timm`). The note says what holds the rates
 where a spread of more than 10 is left. Branches that start at 0, as in ResNets of timm, are not among these rates yet.
 """
-UNEQUAL = 10
+UNEQUAL = 10  # a spread above which a row says what holds the rates
 # Family -> the beginnings of its networks' names, and what is particular about it.
 FAMILY_NAMES = {
     "AlexNet": (("alexnet",), ""),
