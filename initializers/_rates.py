@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -234,8 +234,8 @@ def _rounding(layers: Layers, inputs: tuple[Tensor, ...], names: list[str], seed
 
 def _weight_gradient(uses: list[Use], part: slice = slice(None)) -> Tensor:
     """Gradient of the weights, shaped like them: the sum over the uses of a layer, and over some rows of each."""
-    return torch.as_tensor(
-        sum(call.weight_gradient(x[part].float(), gradient[part].float()) for call, x, gradient in uses)
+    return reduce(
+        Tensor.add, (call.weight_gradient(x[part].float(), gradient[part].float()) for call, x, gradient in uses)
     )
 
 
@@ -370,9 +370,8 @@ def _mean_squares(layer: Layer) -> Tensor:
     blocks = layer.blocks if layer.mask is None else layer.as_blocks(layer.weight.detach() * layer.mask)
     groups, outputs, width, kernel = blocks.shape
     total = torch.zeros(groups, width, dtype=torch.float64, device=layer.weight.device)
-    # Pieces that fit the cache: torch reduces over the first of two dimensions many times slower at once.
     for piece in blocks.split(max(1, PIECE // (groups * width * kernel)), 1):
-        total += piece.float().square().sum((1, 3))
+        total += _sum_of_squares(piece.float())
     return total.cpu() / (outputs * kernel)
 
 
@@ -420,5 +419,10 @@ def _column_squares(layer: Layer, uses: list[Use], images: int) -> Tensor:
     total = torch.zeros(layer.blocks.shape[::2], dtype=torch.float64, device=layer.weight.device)
     for image in range(images):
         part = slice(None) if images == 1 else slice(image, image + 1)
-        total += layer.as_blocks(_weight_gradient(uses, part)).square().sum((1, 3))
+        total += _sum_of_squares(layer.as_blocks(_weight_gradient(uses, part)))
     return total.cpu() / (outputs * kernel)
+
+
+def _sum_of_squares(blocks: Tensor) -> Tensor:
+    """Of each input channel: (groups, outputs, inputs, kernel) -> (groups, inputs)."""
+    return blocks.square().sum(1).sum(-1)  # ten times faster than over both dimensions at once

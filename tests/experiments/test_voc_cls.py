@@ -211,11 +211,11 @@ def rows(folder):
 
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(run, kill, tmp_path):
     # Long enough to be killed on the way, with a checkpoint after every row of the curve.
-    long = ("init=pca", "train.iterations=200", "train.lr_every=50", "train.checkpoint_seconds=0")
+    long = ("init=pca", "train.iterations=120", "train.lr_every=40", "train.checkpoint_seconds=0")
     whole = record_of(run("voc_cls.py", *long, f"output={tmp_path / 'whole'}"))
 
     kill(lambda: list(tmp_path.glob("outputs/voc_cls/*/.lock")), *long)
-    for reached in (1, 15):
+    for reached in (1, 9):
         kill(lambda reached=reached: rows(tmp_path) >= reached, *long)
     parts = record_of(run("voc_cls.py", *long))
     assert Path(whole).parent.name == Path(parts).parent.name
