@@ -2,12 +2,8 @@
 
 Homogeneous operations hand the scale on, operations that move elements (views, concatenation, channel shuffles) move
 it along, additions force what they add to one scale, normalisations absorb it and emit one of their own, and
-everything else pins it.
-
-An element's scale is written as a label: the number of a free variable, 0 where it is pinned, -1 where the element is
-zero, which any scale fits. Labels are tensors shaped like the values (for two images), so that the operations which
-move elements are applied to the labels as they are to the values. Equal scales are linear constraints between
-variables.
+everything else pins it. So there is a rule for each operation, which gives the labels of what comes out (see `_labels`)
+from those of what goes in.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,13 +15,13 @@ from torch import Tensor, nn
 
 from initializers._calls import AFFINE, MODULE_FUNCTIONS, input_of
 from initializers._graph import SIZES, Graph, Operation, Ref, map_tree, resolve
+from initializers._labels import ZERO, Labels, full
 from initializers._layer import Layer, memory, overlap
 from initializers._model import InitializationError, tensors_of
 from initializers._scales import PINNED, Norm, Scales, Use
 
 Lrn = Literal["estimate", "exact"]
 Outputs = Literal["keep", "free"]
-ZERO = -1  # the label of what is zero
 
 # Operations by the name of their function; methods, operators and in-place variants share it.
 _MOVING = {
@@ -73,21 +69,14 @@ def propagate(graph: Graph, lrn: Lrn | None, outputs: Outputs = "keep") -> Scale
     return _Propagation(graph, lrn).run(outputs)
 
 
-class _Propagation:
+class _Propagation(Labels):
     """Follows the labels through the operations of a graph."""
 
     def __init__(self, graph: Graph, lrn: Lrn | None) -> None:
-        self.graph = graph
+        super().__init__(graph)
         self.lrn = lrn
-        self.scales = Scales()
-        self.labels: dict[int, Tensor] = {}
-        self.position = 0  # of the operation that is followed
-        self.last_uses = {i: n for n, operation in enumerate(graph.operations) for i in operation.inputs}
-        self.last_uses |= dict.fromkeys([*graph.outputs, *graph.others], len(graph.operations))
         self.uses: dict[str, Use] = {}
         self.norms: dict[tuple[int, ...], Norm] = {}  # by what they scale
-        found = graph.layers.found.values()
-        self.affine = {graph.layers.owner(tensor) for layer in found for tensor in (layer.weight, layer.bias)} - {None}
         self.lrns: dict[int, int] = {}
         self.computed: dict[int, Tensor] = {}  # parameters by the memory of what `AuxiliaryScaling` computes of them
         self.others: dict[int, list[Tensor]] = {}  # by memory, what is used in a way that no rule scales
@@ -99,7 +88,7 @@ class _Propagation:
             **dict.fromkeys(_REDUCING, self._reduce),
             **dict.fromkeys(("max", "min", "median"), self._largest),
             **dict.fromkeys(_NORMS, self._norm),
-            **dict.fromkeys(_SIGNS, lambda operation: [_full(PINNED, self._shape(operation))]),
+            **dict.fromkeys(_SIGNS, lambda operation: [full(PINNED, self._shape(operation))]),
             **dict.fromkeys(_COMPARING, self._compare),
             "where": self._where,
             "masked_fill": self._masked_fill,
@@ -146,14 +135,6 @@ class _Propagation:
         self._respect_other_uses()
         return self.scales
 
-    def _label(self, operation: Operation, found: list[Tensor]) -> None:
-        """Give the outputs of an operation their labels."""
-        for index, labels in zip(operation.outputs, found, strict=True):
-            if index in operation.inputs and labels.shape == self._of(Ref(index)).shape:  # in place
-                self._overwrite(index, labels)
-            else:
-                self.labels[index] = _compact(labels)
-
     def _apply(self, operation: Operation, name: str) -> list[Tensor]:
         """Labels of the outputs."""
         if operation.call is not None:
@@ -161,88 +142,6 @@ class _Propagation:
         rule = self.rules.get(name)
         outputs = None if rule is None or not operation.args else rule(operation)
         return self._unknown(operation) if outputs is None else outputs
-
-    # What rules are made of.
-
-    def _shape(self, operation: Operation) -> torch.Size:
-        return self.graph.shapes[operation.outputs[0]]
-
-    def _of(self, leaf) -> Tensor:
-        """Labels of an argument: of a value or of a number."""
-        if not isinstance(leaf, Ref):
-            return _full(PINNED if leaf else ZERO, ())
-        if leaf.index not in self.labels:
-            label, parameter = PINNED, self._leaf(leaf.index)
-            if parameter is not None:
-                label = self.scales.new()
-                self.scales.leaves.append((parameter, label))
-            self.labels[leaf.index] = _full(label, self.graph.shapes[leaf.index])
-        return self.labels[leaf.index]
-
-    def _leaf(self, index: int) -> Tensor | None:
-        """The parameter that a value is, if it is one of its own, which may take any scale."""
-        parameter = self._parameter(Ref(index))
-        owned = parameter is None or self.graph.layers.owner(parameter) in self.affine
-        return None if owned else parameter
-
-    def _is_followed(self, index: int) -> bool:
-        return index in self.graph.varying or index in self.labels or self._leaf(index) is not None
-
-    def _varies(self, leaf) -> bool:
-        return isinstance(leaf, Ref) and leaf.index in self.graph.varying
-
-    def _parameter(self, leaf) -> Tensor | None:
-        """The whole parameter that an argument is, where it is not frozen."""
-        tensor = self.graph.constants.get(leaf.index) if isinstance(leaf, Ref) else None
-        return tensor if isinstance(tensor, nn.Parameter) and tensor.requires_grad else None
-
-    def _pin(self, labels: Tensor) -> None:
-        for label in labels.unique().tolist():
-            self.scales.constrain((int(label), 1))
-
-    def _merge(self, one: Tensor, other: Tensor) -> Tensor:
-        """Force two values to the same scales, element by element; their common labels.
-
-        Zero has any scale: there the other's label counts. Of dimensions along which both are expanded one element is
-        looked at, and of all elements only the pairs that differ: each is one constraint.
-        """
-        one, other = torch.broadcast_tensors(one, other)
-        merged = torch.where(one == ZERO, other, one)
-        for dimension in range(one.ndim):
-            if one.stride(dimension) == other.stride(dimension) == 0 and one.shape[dimension]:
-                one, other = one.narrow(dimension, 0, 1), other.narrow(dimension, 0, 1)
-        differ = (one != other) & (one != ZERO) & (other != ZERO)
-        for a, b in torch.stack([one[differ], other[differ]]).unique(dim=1).T.int().tolist():
-            self.scales.constrain((a, 1), (b, -1))
-            if self.scales.through_lrn.keys() & {a, b}:  # a measured scale is never exactly another
-                self.scales.constrain((a, 1))
-        return merged
-
-    def _uniform(self, labels: Tensor, dimensions) -> Tensor:
-        """Force a value to one scale along some dimensions, which are kept with size 1."""
-        dimensions = tuple(dimensions)
-        if not dimensions:
-            return labels
-        if not labels.numel():  # of images that went elsewhere when the graph was recorded
-            return _full(PINNED, [1 if d in dimensions else size for d, size in enumerate(labels.shape)])
-        first = labels.amax(dimensions, keepdim=True)
-        self._merge(first, labels)
-        return first
-
-    def _by_channel(self, labels: Tensor, channel: int) -> Tensor:
-        """Force each channel to one scale; their labels."""
-        return self._uniform(labels, [d for d in range(labels.ndim) if d != channel]).flatten()
-
-    def _overwrite(self, index: int, labels: Tensor) -> None:
-        """Change a value in place; what was zero is so no longer, in all that shares its memory and is used later."""
-        before = self._of(Ref(index))
-        if ((before == ZERO) & (labels != ZERO)).any():
-            found = [other for other in self.graph.aliases(index) if other in self.labels and other != index]
-            later = [other for other in found if self.last_uses.get(other, -1) > self.position]
-            for alias in [index, *later] if later else []:
-                self.labels[alias] = torch.where(self.labels[alias] == ZERO, PINNED, self.labels[alias])
-                self.scales.pinned_by.add("memory that is written through a view")
-        self.labels[index] = _compact(self._merge(labels, self._of(Ref(index))))
 
     # Rules: the labels of an operation's outputs, or None where they do not apply.
 
@@ -252,10 +151,10 @@ class _Propagation:
             if (labels > PINNED).any():
                 self.scales.pinned_by.add(_canonical(operation.name).strip("_"))
             self._pin(labels)
-        return [_full(PINNED, self.graph.shapes[index]) for index in operation.outputs]
+        return [full(PINNED, self.graph.shapes[index]) for index in operation.outputs]
 
     def _make(self, operation: Operation) -> list[Tensor]:
-        return [_full(ZERO if _canonical(operation.name) in _BLANK else PINNED, self._shape(operation))]
+        return [full(ZERO if _canonical(operation.name) in _BLANK else PINNED, self._shape(operation))]
 
     def _carry(self, operation: Operation) -> list[Tensor] | None:
         if not isinstance(operation.args[0], Ref):
@@ -307,7 +206,7 @@ class _Propagation:
         for index in regions:
             self._pin(self._of(Ref(index)))
         pooled = self._uniform(self._of(Ref(maps)), (0, 2, 3)).expand(self._shape(operation))
-        return [pooled, *(_full(PINNED, self.graph.shapes[index]) for index in operation.outputs[1:])]
+        return [pooled, *(full(PINNED, self.graph.shapes[index]) for index in operation.outputs[1:])]
 
     def _reduce(self, operation: Operation, names: tuple[str, ...] = ("input", "dim")) -> list[Tensor] | None:
         labels, shape = self._of(operation.args[0]), self._shape(operation)
@@ -325,7 +224,7 @@ class _Propagation:
         (other,) = _given(operation, ("input", "other"), ("other",))
         if isinstance(other, Ref):
             return self._add(operation)
-        indices = [_full(PINNED, self.graph.shapes[index]) for index in operation.outputs[1:]]
+        indices = [full(PINNED, self.graph.shapes[index]) for index in operation.outputs[1:]]
         return [*(self._reduce(operation) or []), *indices]
 
     def _norm(self, operation: Operation) -> list[Tensor] | None:
@@ -337,7 +236,7 @@ class _Propagation:
     def _compare(self, operation: Operation) -> list[Tensor] | None:
         """With 0, which no scale changes."""
         sides = (self._of(leaf) for leaf in _given(operation, ("input", "other"), ("input", "other")))
-        return [_full(PINNED, self._shape(operation))] if any(bool((side == ZERO).all()) for side in sides) else None
+        return [full(PINNED, self._shape(operation))] if any(bool((side == ZERO).all()) for side in sides) else None
 
     def _where(self, operation: Operation) -> list[Tensor] | None:
         if len(operation.args) != 3:
@@ -396,27 +295,6 @@ class _Propagation:
                 return self._gain(operation, x, parameter)
         return [self._product(self._of(one), self._of(other), -1 if divides else 1).expand(self._shape(operation))]
 
-    def _product(self, one: Tensor, other: Tensor, power: int = 1) -> Tensor:
-        """Labels of a product, whose scale is the product of scales: of the first and of a power of the second."""
-        one, other = torch.broadcast_tensors(one, other)
-        shape = one.shape
-        for dimension in range(one.ndim):
-            if one.stride(dimension) == other.stride(dimension) == 0 and one.shape[dimension]:
-                one, other = one.narrow(dimension, 0, 1), other.narrow(dimension, 0, 1)
-        pairs, where = torch.stack([one.flatten(), other.flatten()]).unique(dim=1, return_inverse=True)
-        found = [self._of_product(int(a), int(b), power) for a, b in pairs.T.tolist()]
-        return torch.tensor([float(label) for label in found], dtype=torch.float32)[where].view(one.shape).expand(shape)
-
-    def _of_product(self, one: int, other: int, power: int) -> int:
-        if ZERO in (one, other):
-            return ZERO
-        if other == PINNED or (one == PINNED and power == 1):
-            return max(one, other)
-        self._pin_through_lrn(torch.tensor([one, other]))
-        output = self.scales.new()
-        self.scales.constrain((output, 1), (one, -1), (other, -power))
-        return output
-
     def _power(self, operation: Operation) -> list[Tensor]:
         labels = self._of(operation.args[0])
         going, coming = _POWERS[_canonical(operation.name)]
@@ -431,7 +309,7 @@ class _Propagation:
         """Divided by its norm, so that no scale goes out."""
         labels = self._of(operation.args[0])
         self._uniform(labels, range(labels.ndim))
-        return [_full(PINNED, self._shape(operation))]
+        return [full(PINNED, self._shape(operation))]
 
     def _gain(self, operation: Operation, x, parameter: Tensor) -> list[Tensor]:
         """A parameter that multiplies a value element by element absorbs one scale and emits another."""
@@ -443,10 +321,7 @@ class _Propagation:
         self._pin_through_lrn(incoming)
         incoming = incoming.expand(sizes).reshape(parameter.shape).long().clamp_min(0)
         self.scales.gains.append((parameter, incoming, output))
-        return [_full(output, shape)]
-
-    def _pin_through_lrn(self, labels: Tensor) -> None:
-        self._pin(labels[self.scales.is_through_lrn(labels)])
+        return [full(output, shape)]
 
     def _matmul(self, operation: Operation) -> list[Tensor] | None:
         one, other = (self._of(leaf) for leaf in operation.args[:2])
@@ -478,7 +353,7 @@ class _Propagation:
         if any(map(self._varies, found)):
             return None
         index = map_tree(where, lambda leaf: resolve(leaf, self.graph.fixed, SIZES[0]))
-        labels = _full(ZERO, self.graph.shapes[target.index]).clone()
+        labels = full(ZERO, self.graph.shapes[target.index]).clone()
         labels[index] = self._of(value)
         self._overwrite(target.index, labels)
         return []
@@ -498,7 +373,7 @@ class _Propagation:
             self._pin_through_lrn(pairs)
             for label, other in pairs.unique(dim=1).T.tolist():
                 self.scales.constrain((output, 1), (label, -1), (first.output, -1), (other, 1))
-        return [_full(output, self._shape(operation))]
+        return [full(output, self._shape(operation))]
 
     def _batch_norm(self, operation: Operation) -> list[Tensor] | None:
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -545,7 +420,7 @@ class _Propagation:
         else:  # the same parameters: the same scales
             self._merge(norm.incoming.float(), known.incoming.float())
             norm = known
-        return [_full(norm.output, self._shape(operation))]
+        return [full(norm.output, self._shape(operation))]
 
     def _lrn(self, operation: Operation) -> list[Tensor] | None:
         labels = self._of(operation.args[0])
@@ -556,7 +431,7 @@ class _Propagation:
         if self.lrn == "estimate" or (self.lrn is None and (module is None or "alpha" not in module.state_dict())):
             output = self.scales.new()
             self.scales.through_lrn[output] = label
-            return [_full(output, self._shape(operation))]
+            return [full(output, self._shape(operation))]
         if module is None:
             return None
         first = self.lrns.setdefault(id(module), label)
@@ -637,17 +512,3 @@ def _given(operation: Operation, names: tuple[str, ...], wanted: tuple[str, ...]
     """Arguments by name; None where they are not given."""
     given = dict(zip(names, operation.args, strict=False)) | operation.kwargs
     return [given.get(name) for name in wanted]
-
-
-def _full(label: int, shape) -> Tensor:
-    return torch.tensor(float(label), dtype=torch.float32).expand(shape)
-
-
-def _compact(labels: Tensor) -> Tensor:
-    """The same labels, without memory for dimensions along which they are the same."""
-    shape = labels.shape
-    for dimension in range(labels.ndim):
-        head = labels.narrow(dimension, 0, min(1, labels.shape[dimension]))
-        if labels.stride(dimension) == 0 or bool((labels == head).all()):
-            labels = head
-    return labels.expand(shape)
