@@ -31,6 +31,10 @@ class InitializationError(ValueError):
     """The model or the images cannot be used; the message names the layer and the remedy. The model is unchanged."""
 
 
+class RejectedError(InitializationError):
+    """The model does not take such inputs."""
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, without what runs it on several devices or compiled."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -353,7 +357,8 @@ def outputs_of(
         others: gets what else it returns of floats, such as a loss.
 
     Raises:
-        InitializationError: the model rejects inputs of this shape, or returns nothing with a row per image.
+        RejectedError: the model rejects inputs of this shape.
+        InitializationError: it returns nothing with a row per image.
     """
     positional = len(inputs) - len(names)
     torch.clear_autocast_cache()  # which holds casts of weights that have changed since
@@ -364,7 +369,7 @@ def outputs_of(
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         shapes = ", ".join(str(tuple(image.shape)) for image in inputs[:4]) + ", ..." * (len(inputs) > 4)
         hint = "; pass the images alone, if the rest are targets" if positional > 1 else ""
-        raise InitializationError(f"the model rejects images of shape {shapes}: {error}{hint}") from error
+        raise RejectedError(f"the model rejects images of shape {shapes}: {error}{hint}") from error
     count = len(inputs[0])
     found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
     outputs = [tensor for tensor in found if tensor.ndim and len(tensor) == count]
@@ -381,6 +386,24 @@ def outputs_of(
             "per image; wrap the model in a module whose forward returns such a tensor, its logits or its features"
         )
     return outputs
+
+
+@contextmanager
+def in_parts(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> Iterator[None]:
+    """While the model is run on some of the images: an error says what to do where it takes only all of them."""
+    try:
+        yield
+    except RejectedError as error:
+        try:
+            with torch.no_grad(), without_memory(model):
+                outputs_of(model, inputs, names)
+        except InitializationError:
+            raise error from None
+        raise InitializationError(
+            f"the model takes all {len(inputs[0])} rows together and not some of them: where they are one thing, such "
+            "as the nodes of a graph, they are one image: pass x[None], and a module whose forward is "
+            "torch.stack([model(one) for one in x])"
+        ) from error
 
 
 NAMESPACES = (types.SimpleNamespace, torch.distributions.Distribution)

@@ -7,6 +7,8 @@ from those of what goes in.
 """
 
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -38,7 +40,21 @@ _HOMOGENEOUS = {
     *("data", "cpu", "cuda", "requires_grad", "alias", "rrelu", "nan_to_num", "tril", "triu"),
 }
 _POOLING = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
-_POOLING |= {"interpolate", "upsample", "lp_pool1d", "lp_pool2d"}
+_POOLING |= {"interpolate", "upsample", "lp_pool1d", "lp_pool2d", "max_unpool1d", "max_unpool2d", "max_unpool3d"}
+_POOLING |= {f"{name}_with_indices" for name in _POOLING if "max_pool" in name}
+# They take, order or add up elements along a dimension. The last one where none is given.
+_ALONG = {
+    **dict.fromkeys(("sort", "cumsum"), ("input", "dim")),
+    "topk": ("input", "k", "dim"),
+    **{
+        "gather": ("input", "dim", "index"),
+        "take_along_dim": ("input", "indices", "dim"),
+        "diff": ("input", "n", "dim"),
+    },
+    **dict.fromkeys(("index_add", "index_copy"), ("input", "dim", "index", "source")),
+    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), ("input", "dim", "index", "src", "reduce")),
+}
+_ADDED = ("source", "src", "value", "prepend", "append")  # what else goes in there
 _REDUCING = {"mean", "sum", "amax", "amin", "std"}
 _NORMS = {"norm", "vector_norm", "linalg_norm", "linalg_vector_norm"}
 _SIGNS = {"sign", "sgn", "signbit", "isnan", "isinf", "isfinite"}  # no scale changes them
@@ -54,7 +70,7 @@ _NORMALISING = {"layer_norm", "group_norm", "instance_norm", "rms_norm"}
 _OPERATORS = {
     f"__{prefix}{operator}__": operator for operator in ("add", "sub", "mul", "matmul") for prefix in ("", "i", "r")
 }
-_OPERATORS |= {"__truediv__": "div", "__itruediv__": "div", "__neg__": "neg"}
+_OPERATORS |= {"__pow__": "pow", "__ipow__": "pow", "__truediv__": "div", "__itruediv__": "div", "__neg__": "neg"}
 _OPERATORS |= {f"__{operator}__": operator for operator in ("gt", "ge", "lt", "le", "eq", "ne")}
 
 
@@ -85,6 +101,8 @@ class _Propagation(Labels):
             **dict.fromkeys(_HOMOGENEOUS, self._carry),
             **dict.fromkeys(_POOLING, self._pool),
             **dict.fromkeys(("roi_pool", "roi_align"), self._roi_pool),
+            **dict.fromkeys(_ALONG, self._along),
+            **dict.fromkeys(("argmax", "argmin", "argsort"), self._rank),
             **dict.fromkeys(_REDUCING, self._reduce),
             **dict.fromkeys(("max", "min", "median"), self._largest),
             **dict.fromkeys(_NORMS, self._norm),
@@ -93,14 +111,17 @@ class _Propagation(Labels):
             "where": self._where,
             "masked_fill": self._masked_fill,
             "_threshold": self._threshold,
+            "lerp": self._lerp,
             "grid_sample": self._grid_sample,
+            "fold": self._fold,
             **dict.fromkeys(MODULE_FUNCTIONS, self._unscaled),
             **dict.fromkeys(_ADDING, self._add),
             **dict.fromkeys(_MULTIPLYING, self._multiply),
-            **dict.fromkeys(_POWERS, self._power),
+            **dict.fromkeys([*_POWERS, "pow"], self._power),
             **dict.fromkeys(_BLANK | _FILLED, self._make),
             "normalize": self._normalize,
             **dict.fromkeys(("matmul", "bmm", "mm", "spmm", "_sparse_mm"), self._matmul),
+            "einsum": self._einsum,
             **dict.fromkeys(_NORMALISING, self._own_statistics),
             **dict.fromkeys(("clamp", "clamp_min", "clip"), self._clamp),
             "copy": lambda operation: [self._of(operation.args[1]).expand(self._shape(operation))],
@@ -198,7 +219,8 @@ class _Propagation(Labels):
         labels = self._of(operation.args[0])
         digits = [int(letter) for letter in operation.name if letter.isdigit()]
         spatial = range(labels.ndim - digits[0] if digits else 2, labels.ndim)
-        return [self._uniform(labels, spatial).expand(self._shape(operation))]
+        pooled = self._uniform(labels, spatial).expand(self._shape(operation))
+        return [pooled, *self._indices(operation)]
 
     def _roi_pool(self, operation: Operation) -> list[Tensor]:
         """torchvision's: a region of some image and position, the channels stay. What else comes out is indices."""
@@ -206,7 +228,39 @@ class _Propagation(Labels):
         for index in regions:
             self._pin(self._of(Ref(index)))
         pooled = self._uniform(self._of(Ref(maps)), (0, 2, 3)).expand(self._shape(operation))
-        return [pooled, *(full(PINNED, self.graph.shapes[index]) for index in operation.outputs[1:])]
+        return [pooled, *self._indices(operation)]
+
+    def _indices(self, operation: Operation) -> list[Tensor]:
+        """Of what else comes out: no scale changes it."""
+        return [full(PINNED, self.graph.shapes[index]) for index in operation.outputs[1:]]
+
+    def _along(self, operation: Operation) -> list[Tensor] | None:
+        """What comes out has the scale of all along the dimension; what else comes out is indices."""
+        given = dict(zip(_ALONG[_canonical(operation.name)], operation.args, strict=False)) | operation.kwargs
+        shape, dimension = self._shape(operation), given.get("dim", -1)
+        if dimension is None or given.get("reduce") in ("prod", "multiply"):
+            return None
+        values = [given[name] for name in ("input", *_ADDED) if given.get(name) is not None]
+        for index in {*operation.inputs} - {leaf.index for leaf in values if isinstance(leaf, Ref)}:
+            self._pin(self._of(Ref(index)))
+        found, along = full(ZERO, shape), dimension % len(shape)
+        for labels in map(self._of, values):
+            if labels.ndim == len(shape):  # and no number
+                # `gather` may leave out what is last of the other dimensions, `scatter` write to what is first.
+                sizes = [labels.shape[d] if d == along else min(size, labels.shape[d]) for d, size in enumerate(shape)]
+                labels = labels[tuple(map(slice, sizes))]
+                labels = self._uniform(labels, {along, *(d for d, size in enumerate(shape) if sizes[d] < size)})
+            found = self._merge(labels, found)
+        return [found, *self._indices(operation)]
+
+    def _rank(self, operation: Operation) -> list[Tensor]:
+        """Places in an order, which no scale of all that is ordered changes."""
+        labels = self._of(operation.args[0])
+        (dimension,) = _given(operation, ("input", "dim"), ("dim",))
+        if dimension is None:
+            dimension = -1 if operation.name == "argsort" else range(labels.ndim)
+        self._uniform(labels, [dimension % labels.ndim] if isinstance(dimension, int) else dimension)
+        return [full(PINNED, self._shape(operation))]
 
     def _reduce(self, operation: Operation, names: tuple[str, ...] = ("input", "dim")) -> list[Tensor] | None:
         labels, shape = self._of(operation.args[0]), self._shape(operation)
@@ -224,8 +278,7 @@ class _Propagation(Labels):
         (other,) = _given(operation, ("input", "other"), ("other",))
         if isinstance(other, Ref):
             return self._add(operation)
-        indices = [full(PINNED, self.graph.shapes[index]) for index in operation.outputs[1:]]
-        return [*(self._reduce(operation) or []), *indices]
+        return [*(self._reduce(operation) or []), *self._indices(operation)]
 
     def _norm(self, operation: Operation) -> list[Tensor] | None:
         names = ("input", "p", "dim")
@@ -255,6 +308,11 @@ class _Propagation(Labels):
         self._pin(self._of(condition))
         return [self._merge(self._of(one), self._of(other)).expand(self._shape(operation))]
 
+    def _lerp(self, operation: Operation) -> list[Tensor]:
+        names = ("input", "end", "weight")
+        one, other, weight = _given(operation, names, names)
+        return self._choose(operation, weight, one, other)
+
     def _threshold(self, operation: Operation) -> list[Tensor] | None:
         limits = _given(operation, ("input", "threshold", "value"), ("threshold", "value"))
         return [self._of(operation.args[0])] if limits == [0, 0] else None
@@ -264,6 +322,12 @@ class _Propagation(Labels):
         self._pin(self._of(grid))
         labels = self._of(maps)
         return [self._uniform(labels, range(2, labels.ndim)).expand(self._shape(operation))]
+
+    def _fold(self, operation: Operation) -> list[Tensor]:
+        """Adds up what overlaps: (..., channels * kernel, windows) -> (..., channels, height, width)."""
+        shape = self._shape(operation)
+        windows = self._of(operation.args[0]).unflatten(-2, (shape[-3], -1))
+        return [self._uniform(windows, (windows.ndim - 2, windows.ndim - 1)).expand(shape)]
 
     def _unscaled(self, operation: Operation) -> list[Tensor] | None:
         """A convolution or linear map whose weights no scale multiplies: frozen, computed, or a fixed blur."""
@@ -295,9 +359,16 @@ class _Propagation(Labels):
                 return self._gain(operation, x, parameter)
         return [self._product(self._of(one), self._of(other), -1 if divides else 1).expand(self._shape(operation))]
 
-    def _power(self, operation: Operation) -> list[Tensor]:
-        labels = self._of(operation.args[0])
-        going, coming = _POWERS[_canonical(operation.name)]
+    def _power(self, operation: Operation) -> list[Tensor] | None:
+        labels, name = self._of(operation.args[0]), _canonical(operation.name)
+        if name == "pow":
+            (exponent,) = _given(operation, ("input", "exponent"), ("exponent",))
+            power = Fraction(exponent).limit_denominator(8) if isinstance(exponent, int | float) else Fraction(0)
+            if power == 0 or float(power) != exponent:
+                return None
+            going, coming = power.denominator, power.numerator
+        else:
+            going, coming = _POWERS[name]
         powers = {ZERO: ZERO, PINNED: PINNED}
         for label in {*labels.unique().int().tolist()} - {ZERO, PINNED}:
             self._pin_through_lrn(torch.tensor([label]))
@@ -328,6 +399,28 @@ class _Propagation(Labels):
         if min(one.ndim, other.ndim) < 2:
             return None
         return [self._product(self._uniform(one, (-1,)), self._uniform(other, (-2,))).expand(self._shape(operation))]
+
+    def _einsum(self, operation: Operation) -> list[Tensor] | None:
+        """A sum of products, over the letters that do not come out."""
+        equation, *operands = operation.args
+        if not isinstance(equation, str) or "->" not in equation:
+            return None
+        if isinstance(operands[0], list | tuple):
+            (operands,) = operands
+        inputs, output = equation.replace(" ", "").split("->")
+        output = _letters(output, len(self._shape(operation)))
+        factors = []
+        for leaf, term in zip(operands, inputs.split(","), strict=True):
+            labels = self._of(leaf)
+            letters = _letters(term, labels.ndim)
+            if len({*letters}) < len(letters):  # a diagonal
+                return None
+            summed = tuple(dimension for dimension, letter in enumerate(letters) if letter not in output)
+            kept = [letter for letter in letters if letter in output]
+            labels = self._uniform(labels, summed).squeeze(summed)
+            labels = labels.permute([kept.index(letter) for letter in output if letter in kept])
+            factors.append(labels[tuple(slice(None) if letter in kept else None for letter in output)])
+        return [reduce(self._product, factors).expand(self._shape(operation))]
 
     def _attention(self, operation: Operation) -> list[Tensor] | None:
         names = ("query", "key", "value", "attn_mask")
@@ -506,6 +599,11 @@ def _canonical(name: str) -> str:
     """The operation that a function, a method, an operator and its in-place variant have in common."""
     name = _OPERATORS.get(name, name)
     return name if name.startswith("_") else name.removesuffix("_")
+
+
+def _letters(term: str, ndim: int) -> str:
+    """A letter for each dimension of a term of an einsum; digits for those of an ellipsis, which meet at its end."""
+    return term.replace("...", "9876543210"[10 - (ndim - len(term) + 3) :])
 
 
 def _given(operation: Operation, names: tuple[str, ...], wanted: tuple[str, ...]) -> list:

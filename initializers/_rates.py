@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from initializers._inputs import as_inputs
 from initializers._layer import PIECE, Call, Layer
 from initializers._layers import Layers, forward
-from initializers._model import InitializationError, unchanged_on_error, unwrapped, without_memory
+from initializers._model import InitializationError, in_parts, unchanged_on_error, unwrapped, without_memory
 from initializers._plot import plot_rates
 
 RATE_DRAWS = 4  # top gradients for each image, where a step is exact and need not be repeated
@@ -389,7 +389,7 @@ def _rows_are_images(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
 
     for count in (1, 2, IMAGES_AT_A_TIME):
         rows.clear()
-        with without_memory(layers.model):
+        with in_parts(layers.model, inputs, layers.names), without_memory(layers.model):
             forward(layers, tuple(x[:count] for x in inputs), record)
         if any(number != min(count, len(inputs[0])) for number in rows):
             return False

@@ -19,6 +19,7 @@ from initializers._model import (
     InitializationError,
     dropouts,
     forked_random,
+    in_parts,
     outputs_of,
     same_bits,
     scripted,
@@ -53,7 +54,8 @@ def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
             the number of images.
     """
     few = _few(inputs)
-    (first, results), (second, others) = (_record(layers, few, size) for size in SIZES)
+    with in_parts(layers.model, inputs, layers.names):
+        (first, results), (second, others) = (_record(layers, few, size) for size in SIZES)
     both = [index for index in first.outputs if index in second.outputs]
     for graph in (first, second):  # what has as many rows for any number of images is no output
         graph.others += [index for index in graph.outputs if index not in both]

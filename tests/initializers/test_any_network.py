@@ -721,6 +721,54 @@ def test_a_graph_of_pixels(images, layout):
     assert model.edges is edges
 
 
+class Nodes(nn.Module):
+    """Messages along the edges of one graph, whose nodes are the rows."""
+
+    def __init__(self, dense):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in ((5, 16), (16, 16), (16, 3)))
+        edges = torch.randint(0, 60, (2, 200), generator=torch.Generator().manual_seed(1))
+        self.register_buffer("edges", torch.eye(60)[edges[0]].T @ torch.eye(60)[edges[1]] if dense else edges)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if self.edges.is_floating_point():
+                x = (x + self.edges @ x).relu()
+            else:
+                x = (x + torch.zeros_like(x).index_add(0, self.edges[1], x[self.edges[0]])).relu()
+        return x
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_nodes_of_one_graph(dense):
+    class Graphs(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return torch.stack([self.model(one) for one in x])
+
+    torch.manual_seed(0)
+    model, x = Nodes(dense), torch.randn(60, 5)
+    for call in (initialize, rescale, change_rate, lsuv):
+        with pytest.raises(InitializationError, match=r"all 60 rows together .* pass x\[None\], and a module whose"):
+            call(model, x)
+    initialize(Graphs(model), x[None], between=False)
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda layer, _, output, name=name: found.update({name: output}))
+    model(x)
+    for output in found.values():
+        torch.testing.assert_close(output.std(0, correction=0), torch.ones(output.shape[1]), rtol=0, atol=1e-4)
+    report = initialize(Graphs(model), x[None])
+    assert len(found) == 3
+    assert report.spread_after < 1.001
+    assert report.output_change < 1e-5
+
+
 @pytest.mark.parametrize("sizes", [lambda n: n > 4, lambda n: n % 16 == 0, lambda n: n % 5 == 0])
 def test_another_way_for_many_images(images, sizes):
     class Either(nn.Module):

@@ -178,6 +178,9 @@ CARRIES = {
     "matrix product": lambda m, x: torch.eye(6, dtype=x.dtype).roll(1, 0) @ x,
     "square": lambda m, x: x * x,
     "powers": lambda m, x: (x.abs().sqrt() * x).square() * x.abs().rsqrt().reciprocal(),
+    "exponents": lambda m, x: (
+        ((x**2 + x.pow(2)).sum(1, keepdim=True) ** 0.5).pow(3) * (x.abs() ** 3) ** (-1 / 3) * x**-1
+    ),
     "quotient": lambda m, x: x * x / F.relu(x).sum((1, 2, 3), keepdim=True),
     "unit length": lambda m, x: F.normalize(x, dim=1),
     "gating by a gate that is pinned": lambda m, x: x * torch.sigmoid(F.normalize(x, dim=1)),
@@ -202,6 +205,29 @@ CARRIES = {
     "into zeros": lambda m, x: written(torch.zeros_like(x), x),
     "into new zeros": lambda m, x: written(torch.zeros(len(x), 4, 6, 6, dtype=x.dtype), x),
     "into memory": lambda m, x: written(x.new_empty(x.shape), x),
+    "gathered": lambda m, x: (
+        x[:, :, :4].gather(1, order(x, 1)[:, :, :4]) + torch.take_along_dim(x, order(x, 2)[:, :, :4], 2)
+    ),
+    "the largest, by its place": lambda m, x: (
+        x.flatten(1).gather(1, x.flatten(1).argmax(1, keepdim=True))
+        + x.take_along_dim(x.argmin(2, True), 2).mean((2, 3))
+    ),
+    "ordered": lambda m, x: x.sort(1)[0] + torch.topk(x, 4, dim=1).values,
+    "added up by an index": lambda m, x: (
+        torch.zeros_like(x).index_add(2, torch.tensor([0, 0, 1, 5, 2, 2]), x)
+        + x.new_zeros(x.shape).scatter_add_(3, order(x, 3), x)
+        + torch.zeros_like(x).scatter_reduce(1, order(x, 1), x, "mean")
+    ),
+    "copied to an index": lambda m, x: (
+        x.index_copy(1, torch.tensor([2, 0]), x[:, :2]) + x.scatter(1, order(x, 1)[:, :2, :3], x[:, 2:, :3])
+    ),
+    "running sum": lambda m, x: torch.cumsum(x, 2).diff(dim=3),
+    "between two": lambda m, x: torch.lerp(x, x.flip(1), 0.3),
+    "unpooled": lambda m, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+    "windows added up": lambda m, x: F.fold(F.unfold(x, (3, 2), (1, 2), (1, 0)), (6, 6), (3, 2), (1, 2), (1, 0)),
+    "einsum": lambda m, x: torch.einsum("n c h w, h k -> n w c k", x, turned(x)),
+    "einsum with an ellipsis": lambda m, x: torch.einsum("...hw,kh->...kw", [x, turned(x)]),
+    "einsum of two": lambda m, x: torch.einsum("nchw,ndhw->ncd", x, x),
     "constants of a shape": lambda m, x: x * torch.ones_like(x) * torch.full_like(x, 3.0),
 }
 PINS = {
@@ -213,6 +239,8 @@ PINS = {
     "constant": lambda m, x: x - torch.ones(4, 1, 1),
     "buffer": lambda m, x: x - m.shift,
     "power": lambda m, x: (x**2 + 1).sqrt(),
+    "exponents of no simple ratio": lambda m, x: x.abs() ** 0.123 + x**0,
+    "exponents of each": lambda m, x: x.abs() ** m.shift,
     "clamp": lambda m, x: F.relu(x).clamp(max=1.0),
     "softmax": lambda m, x: F.softmax(x, 1),
     "silu": nn.SiLU(),
@@ -225,6 +253,14 @@ PINS = {
     "functional layer norm": lambda m, x: F.layer_norm(x, (6, 6)),
     "vector of constants": lambda m, x: torch.ones(6, dtype=x.dtype) @ x,
     "index of the largest": lambda m, x: x + F.max_pool2d(x, 3, 1, 1, return_indices=True)[1] / 36,
+    "place in an order": lambda m, x: x + x.sort(1).indices / 6,
+    "place of the largest": lambda m, x: x + x.argmax(1, keepdim=True),
+    "added to ones": lambda m, x: torch.ones_like(x).index_add(2, torch.tensor([0, 0, 1, 5, 2, 2]), x),
+    "products by an index": lambda m, x: torch.ones_like(x).scatter_reduce(1, order(x, 1) // 2, x, "prod"),
+    "a number written to an index": lambda m, x: (
+        x.scatter(1, order(x, 1)[:, :1], value=0.5) + x.scatter(1, order(x, 1)[:, :1], -0.5)
+    ),
+    "copied next to ones": lambda m, x: torch.ones_like(x).scatter(1, order(x, 1)[:, :2], x[:, 2:]),
     "lstm": lambda m, x: m.part(tokens(x))[0],
     "a choice by size": lambda m, x: torch.where(x > 0.1, x, 0.0),
     "a mask filled with ones": lambda m, x: x.masked_fill(x < 0, 1.0),
@@ -234,6 +270,15 @@ PINS = {
     "number of what is not zero": lambda m, x: x + F.relu(x).norm(0, dim=1, keepdim=True),
     "written through a view": lambda m, x: through_a_view(torch.zeros_like(x), x),
 }
+
+
+def turned(x):
+    return torch.eye(6, dtype=x.dtype).roll(1, 0)
+
+
+def order(x, dimension):
+    """For each value of x an index along a dimension, which the values decide."""
+    return x.detach().argsort(dimension)
 
 
 def written(target, x):
@@ -445,6 +490,11 @@ NETWORKS = {
         lambda m, x: m.part(tokens(x)), 3,
         {"part": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0, batch_first=True, activation="gelu")}),
     "scaled_dot_product_attention": (attended, 3),
+    "attention by einsum": (
+        lambda m, x: torch.einsum(
+            "n...ij,n...jd->n...id",
+            torch.einsum("n c i d, n c j d -> n c i j", m.a(x), m.b(x)).softmax(-1), m.c(x)), 3),
+    "attention by products": (lambda m, x: (m.a(x) @ m.b(x).mT).softmax(-1) @ m.c(x), 3),
     "softmax weights": (lambda m, x: F.softmax(m.a(x), -1) @ m.b(x), 2),
     "softmax weights, from the right": (lambda m, x: torch.matmul(m.b(x), F.softmax(m.a(x), -1)), 2),
     "product": (lambda m, x: m.a(x) @ m.b(x).mT, 3),
