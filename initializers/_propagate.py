@@ -6,6 +6,7 @@ everything else pins it. So there is a rule for each operation, which gives the 
 from those of what goes in.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import reduce
@@ -191,7 +192,7 @@ class _Propagation(Labels):
         `ZERO` = -1 when the shift is undone.
         """
         data = {operation.args[0].index} if isinstance(operation.args[0], Ref) else set(operation.inputs)
-        if operation.name == "pad" and not self._pads_with_zeros(operation):
+        if operation.name == "pad" and not self._pads_with_any_scale(operation):
             return None
         indices = [index for index in operation.inputs if index not in data]
         shapes_only = operation.name in ("expand_as", "view_as", "reshape_as")
@@ -209,11 +210,13 @@ class _Propagation(Labels):
         # Labels that are expanded have other strides than the values, so that a view of them may need a copy.
         copying: dict[str, Any] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
         func = copying.get(operation.name, operation.func)
-        return [moved - 1 for moved in tensors_of(func(*args, **kwargs))]
+        found = [moved - 1 for moved in tensors_of(func(*args, **kwargs))]
+        return [labels.nan_to_num(posinf=ZERO, neginf=ZERO) for labels in found]
 
-    def _pads_with_zeros(self, operation: Operation) -> bool:
+    def _pads_with_any_scale(self, operation: Operation) -> bool:
+        """With values of the image, with zeros, or with -inf, as before max pooling."""
         mode, value = _given(operation, ("input", "pad", "mode", "value"), ("mode", "value"))
-        return mode not in (None, "constant") or not value
+        return mode not in (None, "constant") or not value or (isinstance(value, float) and math.isinf(value))
 
     def _pool(self, operation: Operation) -> list[Tensor]:
         labels = self._of(operation.args[0])

@@ -170,6 +170,7 @@ CARRIES = {
     "unfold": lambda m, x: F.unfold(x, 3, padding=1),
     "windows": lambda m, x: x.unfold(2, 3, 1).unfold(3, 3, 2),
     "padding": lambda m, x: F.pad(x, (1, 2, 0, 1)),
+    "padding for a maximum": lambda m, x: F.max_pool2d(F.pad(x, (1, 1, 0, 2), value=-torch.inf), 3),
     "reflection": lambda m, x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
     "iteration": lambda m, x: torch.stack([2 * channel for channel in x.transpose(0, 1)], 1),
     "modules": nn.Sequential(nn.ReLU(inplace=True), nn.LeakyReLU(0.3), nn.Dropout(), nn.Identity(), nn.MaxPool2d(2)),
