@@ -394,16 +394,22 @@ def in_parts(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...
     try:
         yield
     except RejectedError as error:
-        try:
-            with torch.no_grad(), without_memory(model):
-                outputs_of(model, inputs, names)
-        except InitializationError:
-            raise error from None
+        if not _takes(model, inputs, names):
+            raise
         raise InitializationError(
             f"the model takes all {len(inputs[0])} rows together and not some of them: where they are one thing, such "
             "as the nodes of a graph, they are one image: pass x[None], and a module whose forward is "
             "torch.stack([model(one) for one in x])"
         ) from error
+
+
+def _takes(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> bool:
+    try:
+        with torch.no_grad(), without_memory(model):
+            outputs_of(model, inputs, names)
+    except InitializationError:
+        return False
+    return True
 
 
 NAMESPACES = (types.SimpleNamespace, torch.distributions.Distribution)
