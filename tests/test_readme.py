@@ -487,16 +487,37 @@ def test_small_images_are_those_of_the_records():
     each = ", ".join(f"{top1 / 100:.4f}".removeprefix("0") for top1 in mnist["top1"])
     assert {*mnist["init"]} == {"lsuv"}
     assert f"| {each} (seeds {', '.join(map(str, mnist['seed']))}) at full scale" in page
-    relu = table[table["preset"].str.contains("FitNet4")].set_index("init")
-    shown = {name: f"{row['top1']:.1f} %" for name, row in relu.iterrows() if row["converges"]}
-    assert {*shown} == {"lsuv", "he", "gaussian", "kmeans"}
-    assert (
-        f"with ReLU: LSUV {shown['lsuv']} and He {shown['he']}; plain orthonormal and Xavier do not converge; "
-        f"our Gaussian {shown['gaussian']}, k-means {shown['kmeans']};"
-    ) in page
-    epochs = {name: f"{relu.loc[name, 'epochs']:.2f}".removeprefix("0") for name in shown}
-    assert f"after {epochs['kmeans']} epochs with our k-means, {epochs['gaussian']} epochs with our Gaussian, " in page
-    assert f"{epochs['he']} with He and {epochs['lsuv']} with" in page
+    fitnet = table[table["preset"].str.contains("FitNet4")]
+    top1 = fitnet.assign(activation=fitnet["variant"].str.removeprefix("model.activation=")).pivot(
+        index="init", columns="activation", values="top1"
+    )
+    assert {*top1.columns} == {"relu", "tanh", "vlrelu", "sigmoid"}
+    assert not top1.isna().any(axis=None)
+    block = (ROOT / "results" / "tables" / "small_images.md").read_text().partition("FitNet4")[2].partition("- rule")[0]
+    rows = [row for row in block.splitlines() if row.startswith("| `")]
+    assert len(rows) == 1 + len(top1)
+    assert all(row in DOCS["lsuv"] for row in rows)
+
+    converges = top1 >= 20  # twice the share of a class
+    plain = next(name for name in top1.index if name.startswith("orthonormal"))
+    assert not converges["sigmoid"].any()
+    assert converges[["tanh", "vlrelu"]].all(axis=None)
+    assert {*converges.index[~converges["relu"]]} == {plain, "xavier"}
+    relu, vlrelu, tanh = (top1[name].to_dict() for name in ("relu", "vlrelu", "tanh"))
+    ahead = [  # what the page says of them
+        *((relu, ours, other) for ours in ("gaussian", "kmeans") for other in ("lsuv", "he", "xavier", plain)),
+        *((vlrelu, "gaussian", other) for other in ("lsuv", "he", "xavier", plain)),
+        *((tanh, other, ours) for ours in ("gaussian", "kmeans") for other in ("lsuv", "he", "xavier", plain)),
+        *((relu, "lsuv", "he"), (relu, "lsuv", "xavier"), (vlrelu, "lsuv", "xavier"), (tanh, "xavier", "lsuv")),
+        *((relu, "he", plain), (vlrelu, "he", plain), (relu, "lsuv", plain), (vlrelu, "lsuv", plain)),
+    ]
+    assert all(found[one] - found[other] >= 1.4 for found, one, other in ahead)
+    level = [(vlrelu, "lsuv", "he"), (vlrelu, "kmeans", "lsuv"), (tanh, "lsuv", plain)]
+    assert all(abs(found[one] - found[other]) < 1.4 for found, one, other in level)
+    epochs = fitnet.set_index(["variant", "init"])["epochs"]
+    for name in ("relu", "vlrelu"):
+        assert epochs[f"model.activation={name}"].idxmin() == "kmeans"
+    assert f"k-means comes to {top1['sigmoid']['kmeans']:.1f} % with sigmoid" in page
 
 
 def test_lsuv_on_imagenet_is_that_of_the_records():
