@@ -75,14 +75,12 @@ class Labels:
     def _merge(self, one: Tensor, other: Tensor) -> Tensor:
         """Force two values to the same scales, element by element; their common labels.
 
-        Zero has any scale: there the other's label counts. Of dimensions along which both are expanded one element is
-        looked at, and of all elements only the pairs that differ: each is one constraint.
+        Zero has any scale: there the other's label counts. Of all elements only the pairs that differ are looked at:
+        each is one constraint.
         """
         one, other = torch.broadcast_tensors(one, other)
         merged = torch.where(one == ZERO, other, one)
-        for dimension in range(one.ndim):
-            if one.stride(dimension) == other.stride(dimension) == 0 and one.shape[dimension]:
-                one, other = one.narrow(dimension, 0, 1), other.narrow(dimension, 0, 1)
+        one, other = _without_repeats(one, other)
         differ = (one != other) & (one != ZERO) & (other != ZERO)
         for a, b in torch.stack([one[differ], other[differ]]).unique(dim=1).T.int().tolist():
             self.scales.constrain((a, 1), (b, -1))
@@ -120,9 +118,7 @@ class Labels:
         """Labels of a product, whose scale is the product of scales: of the first and of a power of the second."""
         one, other = torch.broadcast_tensors(one, other)
         shape = one.shape
-        for dimension in range(one.ndim):
-            if one.stride(dimension) == other.stride(dimension) == 0 and one.shape[dimension]:
-                one, other = one.narrow(dimension, 0, 1), other.narrow(dimension, 0, 1)
+        one, other = _without_repeats(one, other)
         pairs, where = torch.stack([one.flatten(), other.flatten()]).unique(dim=1, return_inverse=True)
         found = [self._of_product(int(a), int(b), power) for a, b in pairs.T.tolist()]
         return torch.tensor([float(label) for label in found], dtype=torch.float32)[where].view(one.shape).expand(shape)
@@ -143,6 +139,14 @@ class Labels:
 
 def full(label: int, shape) -> Tensor:
     return torch.tensor(float(label), dtype=torch.float32).expand(shape)
+
+
+def _without_repeats(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Of dimensions along which both are expanded the first element, which tells all."""
+    for dimension in range(one.ndim):
+        if one.stride(dimension) == other.stride(dimension) == 0 and one.shape[dimension]:
+            one, other = one.narrow(dimension, 0, 1), other.narrow(dimension, 0, 1)
+    return one, other
 
 
 def compact(labels: Tensor) -> Tensor:

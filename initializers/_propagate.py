@@ -210,8 +210,8 @@ class _Propagation(Labels):
         # Labels that are expanded have other strides than the values, so that a view of them may need a copy.
         copying: dict[str, Any] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
         func = copying.get(operation.name, operation.func)
-        found = [moved - 1 for moved in tensors_of(func(*args, **kwargs))]
-        return [labels.nan_to_num(posinf=ZERO, neginf=ZERO) for labels in found]
+        moved = tensors_of(func(*args, **kwargs))
+        return [(labels - 1).nan_to_num_(posinf=ZERO, neginf=ZERO) for labels in moved]
 
     def _pads_with_any_scale(self, operation: Operation) -> bool:
         """With values of the image, with zeros, or with -inf, as before max pooling."""
@@ -239,11 +239,12 @@ class _Propagation(Labels):
 
     def _along(self, operation: Operation) -> list[Tensor] | None:
         """What comes out has the scale of all along the dimension; what else comes out is indices."""
-        given = dict(zip(_ALONG[_canonical(operation.name)], operation.args, strict=False)) | operation.kwargs
-        shape, dimension = self._shape(operation), given.get("dim", -1)
-        if dimension is None or given.get("reduce") in ("prod", "multiply"):
+        name, shape = _canonical(operation.name), self._shape(operation)
+        given = dict(zip(_ALONG[name], operation.args, strict=False)) | operation.kwargs
+        dimension = given.get("dim", None if name == "take_along_dim" else -1)
+        if dimension is None or not shape or given.get("reduce") in ("prod", "multiply"):
             return None
-        values = [given[name] for name in ("input", *_ADDED) if given.get(name) is not None]
+        values = [given[key] for key in ("input", *_ADDED) if given.get(key) is not None]
         for index in {*operation.inputs} - {leaf.index for leaf in values if isinstance(leaf, Ref)}:
             self._pin(self._of(Ref(index)))
         found, along = full(ZERO, shape), dimension % len(shape)
@@ -260,9 +261,9 @@ class _Propagation(Labels):
         """Places in an order, which no scale of all that is ordered changes."""
         labels = self._of(operation.args[0])
         (dimension,) = _given(operation, ("input", "dim"), ("dim",))
-        if dimension is None:
-            dimension = -1 if operation.name == "argsort" else range(labels.ndim)
-        self._uniform(labels, [dimension % labels.ndim] if isinstance(dimension, int) else dimension)
+        if dimension is None and operation.name == "argsort":
+            dimension = -1
+        self._uniform(labels, range(labels.ndim) if dimension is None else [dimension])
         return [full(PINNED, self._shape(operation))]
 
     def _reduce(self, operation: Operation, names: tuple[str, ...] = ("input", "dim")) -> list[Tensor] | None:
@@ -366,8 +367,10 @@ class _Propagation(Labels):
         labels, name = self._of(operation.args[0]), _canonical(operation.name)
         if name == "pow":
             (exponent,) = _given(operation, ("input", "exponent"), ("exponent",))
-            power = Fraction(exponent).limit_denominator(8) if isinstance(exponent, int | float) else Fraction(0)
-            if power == 0 or float(power) != exponent:
+            if not isinstance(exponent, int | float) or not exponent or not math.isfinite(exponent):
+                return None
+            power = Fraction(exponent).limit_denominator(8)
+            if float(power) != exponent:
                 return None
             going, coming = power.denominator, power.numerator
         else:

@@ -277,12 +277,18 @@ def test_what_is_said_of_timm_is_that_of_its_networks():
     assert max(each["output_change_all_images"] for each in measured) < 1e-4
     assert max(scaled) < 4
     assert f"{sum(each['spread_after'] > 10 for each in measured)} keep a spread of more than 10" in page
-    loose = sorted((each for each in measured if each["deviation"]["std"] > 1e-3), key=lambda each: each["rounding"])
-    assert [f"{each['deviation']['std']:.2g}" for each in loose[:-4:-1]] == ["0.94", "0.13", "0.0055"]
-    assert all(each["powers_of_two"] for each in loose)  # as they amplify rounding
+    found = {line["network"]: each for line in lines for each in line.get("filters", {}).values()}
+    loose = {name: each for name, each in found.items() if each["deviation"]["std"] > 1e-3}
     assert len(loose) == 6
-    assert max(each["deviation"]["std"] for each in loose[:-2]) < 0.0125
-    assert 0.4 < loose[-1]["rounding"] < 0.6
+    assert all(each["powers_of_two"] for each in loose.values())  # as they amplify rounding
+    rounding = loose["timm/tiny_vit_5m_224"]["rounding"]
+    off = {name: each["deviation"]["std"] for name, each in loose.items()}
+    tinyvit, volo = off.pop("timm/tiny_vit_5m_224"), off.pop("timm/volo_d1_224")
+    stated = (
+        f"by {tinyvit:.2f} in TinyViT, whose output is {rounding:.2f} rounding, by {volo:.2f} in VOLO, "
+        f"by {max(off.values()):.3f} and less in the others"
+    )
+    assert stated.replace(" 0.", " .") in page
 
 
 def test_families_are_those_of_the_table():
@@ -494,8 +500,9 @@ def test_small_images_are_those_of_the_records():
     assert {*mnist["init"]} == {"lsuv"}
     assert f"| {each} (seeds {', '.join(map(str, mnist['seed']))}) at full scale" in page
     fitnet = table[table["preset"].str.contains("FitNet4")]
-    top1 = fitnet.assign(activation=fitnet["variant"].str.removeprefix("model.activation=")).pivot(
-        index="init", columns="activation", values="top1"
+    fitnet = fitnet.assign(activation=fitnet["variant"].str.removeprefix("model.activation="))
+    top1, converges, epochs = (
+        fitnet.pivot(index="init", columns="activation", values=name) for name in ("top1", "converges", "epochs")
     )
     assert {*top1.columns} == {"relu", "tanh", "vlrelu", "sigmoid"}
     assert not top1.isna().any(axis=None)
@@ -504,11 +511,10 @@ def test_small_images_are_those_of_the_records():
     assert len(rows) == 1 + len(top1)
     assert all(row in DOCS["lsuv"] for row in rows)
 
-    converges = top1 >= 20  # twice the share of a class
     plain = next(name for name in top1.index if name.startswith("orthonormal"))
     assert not converges["sigmoid"].any()
     assert converges[["tanh", "vlrelu"]].all(axis=None)
-    assert {*converges.index[~converges["relu"]]} == {plain, "xavier"}
+    assert {*converges.index[~converges["relu"].astype(bool)]} == {plain, "xavier"}
     relu, vlrelu, tanh = (top1[name].to_dict() for name in ("relu", "vlrelu", "tanh"))
     ahead = [  # what the page says of them
         *((relu, ours, other) for ours in ("gaussian", "kmeans") for other in ("lsuv", "he", "xavier", plain)),
@@ -520,9 +526,7 @@ def test_small_images_are_those_of_the_records():
     assert all(found[one] - found[other] >= 1.4 for found, one, other in ahead)
     level = [(vlrelu, "lsuv", "he"), (vlrelu, "kmeans", "lsuv"), (tanh, "lsuv", plain)]
     assert all(abs(found[one] - found[other]) < 1.4 for found, one, other in level)
-    epochs = fitnet.set_index(["variant", "init"])["epochs"]
-    for name in ("relu", "vlrelu"):
-        assert epochs[f"model.activation={name}"].idxmin() == "kmeans"
+    assert {epochs[name].idxmin() for name in ("relu", "vlrelu")} == {"kmeans"}
     assert f"k-means comes to {top1['sigmoid']['kmeans']:.1f} % with sigmoid" in page
 
 

@@ -108,6 +108,7 @@ def test_a_run_leaves_a_record(run, settings, tmp_path):
 def test_initializations_and_last_layers(run, settings, tmp_path):
     for init, new, std in (
         ("gaussian_unscaled", "fast_rcnn", 0.01),
+        ("caffe", "fast_rcnn", 0.01),
         ("gaussian", "initialized", None),
     ):
         overrides = (f"init={init}", f"new_layers={new}", "train.iterations=1", "optimizer.lr=1e-20")

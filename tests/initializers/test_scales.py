@@ -176,7 +176,7 @@ CARRIES = {
     "modules": nn.Sequential(nn.ReLU(inplace=True), nn.LeakyReLU(0.3), nn.Dropout(), nn.Identity(), nn.MaxPool2d(2)),
     "checkpoint": lambda m, x: torch.utils.checkpoint.checkpoint(F.relu, x, use_reentrant=False),
     "rolled, flipped": lambda m, x: x.roll(1, 1).flip(3)[:, [2, 0, 1]],
-    "matrix product": lambda m, x: torch.eye(6, dtype=x.dtype).roll(1, 0) @ x,
+    "matrix product": lambda m, x: turned(x) @ x,
     "square": lambda m, x: x * x,
     "powers": lambda m, x: (x.abs().sqrt() * x).square() * x.abs().rsqrt().reciprocal(),
     "exponents": lambda m, x: (
@@ -240,7 +240,8 @@ PINS = {
     "constant": lambda m, x: x - torch.ones(4, 1, 1),
     "buffer": lambda m, x: x - m.shift,
     "power": lambda m, x: (x**2 + 1).sqrt(),
-    "exponents of no simple ratio": lambda m, x: x.abs() ** 0.123 + x**0,
+    "exponent of no simple ratio": lambda m, x: x.abs() ** 0.123,
+    "exponent 0": lambda m, x: x + x**0,
     "exponents of each": lambda m, x: x.abs() ** m.shift,
     "clamp": lambda m, x: F.relu(x).clamp(max=1.0),
     "softmax": lambda m, x: F.softmax(x, 1),
@@ -258,9 +259,9 @@ PINS = {
     "place of the largest": lambda m, x: x + x.argmax(1, keepdim=True),
     "added to ones": lambda m, x: torch.ones_like(x).index_add(2, torch.tensor([0, 0, 1, 5, 2, 2]), x),
     "products by an index": lambda m, x: torch.ones_like(x).scatter_reduce(1, order(x, 1) // 2, x, "prod"),
-    "a number written to an index": lambda m, x: (
-        x.scatter(1, order(x, 1)[:, :1], value=0.5) + x.scatter(1, order(x, 1)[:, :1], -0.5)
-    ),
+    "a number written to an index": lambda m, x: x.scatter(1, order(x, 1)[:, :1], -0.5),
+    "a value written to an index": lambda m, x: x.scatter(1, order(x, 1)[:, :1], value=0.5),
+    "taken from all that is flat": lambda m, x: x + torch.take_along_dim(x, order(x, 1).flatten()[:6]),
     "copied next to ones": lambda m, x: torch.ones_like(x).scatter(1, order(x, 1)[:, :2], x[:, 2:]),
     "lstm": lambda m, x: m.part(tokens(x))[0],
     "a choice by size": lambda m, x: torch.where(x > 0.1, x, 0.0),
@@ -316,6 +317,11 @@ def test_only_what_is_homogeneous_carries_the_scale(kind):
     report = check(lambda: build(function, **part), int(carries))
     if carries:  # a chain: all rates become equal
         assert report.spread_after < 1 + 1e-5
+
+
+def test_an_infinite_exponent_pins():
+    """Without a rate, as its gradient is not finite."""
+    assert free(build(lambda m, x: (0.5 * x.abs()) ** torch.inf), draw(1)) == 0
 
 
 def shuffled(x):
