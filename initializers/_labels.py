@@ -90,7 +90,7 @@ class Labels:
 
     def _uniform(self, labels: Tensor, dimensions) -> Tensor:
         """Force a value to one scale along some dimensions, which are kept with size 1."""
-        dimensions = tuple(dimensions)
+        dimensions = tuple(dimension % labels.ndim for dimension in dimensions)
         if not dimensions:
             return labels
         if not labels.numel():  # of images that went elsewhere when the graph was recorded

@@ -142,6 +142,7 @@ def _plain_modes(model: nn.Module) -> Iterator[None]:
             stack.enter_context(tensors[0].device)
         stack.enter_context(_no_checkpoints())
         stack.enter_context(_no_validation())
+        stack.enter_context(_no_fast_path())
         if "torch._dynamo" in sys.modules:  # which is slow to import, and nothing is compiled without it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -156,6 +157,17 @@ def _no_checkpoints() -> Iterator[None]:
         yield
     finally:
         del function.apply
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Attention computes as in training: its faster way in evaluation is chosen by the values of a padding mask."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -38,7 +38,8 @@ _MOVING = {
 _HOMOGENEOUS = {
     *("relu", "leaky_relu", "prelu", "abs", "neg", "positive", "dropout", "dropout1d", "dropout2d", "dropout3d"),
     *("feature_dropout", "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type_as"),
-    *("data", "cpu", "cuda", "requires_grad", "alias", "rrelu", "nan_to_num", "tril", "triu"),
+    *("data", "cpu", "cuda", "requires_grad", "alias", "rrelu", "nan_to_num", "tril", "triu", "real", "imag", "conj"),
+    *("conj_physical", "resolve_conj"),
 }
 _POOLING = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
 _POOLING |= {"interpolate", "upsample", "lp_pool1d", "lp_pool2d", "max_unpool1d", "max_unpool2d", "max_unpool3d"}
@@ -58,13 +59,15 @@ _ALONG = {
 _ADDED = ("source", "src", "value", "prepend", "append")  # what else goes in there
 _REDUCING = {"mean", "sum", "amax", "amin", "std"}
 _NORMS = {"norm", "vector_norm", "linalg_norm", "linalg_vector_norm"}
-_SIGNS = {"sign", "sgn", "signbit", "isnan", "isinf", "isfinite"}  # no scale changes them
+_SIGNS = {"sign", "sgn", "signbit", "angle", "isnan", "isinf", "isfinite"}  # no scale changes them
 _COMPARING = {"gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal"}
 # Powers of what comes in: (of the scale that goes out, of that which comes in), which are equal.
 _POWERS = {"square": (1, 2), "sqrt": (2, 1), "rsqrt": (2, -1), "reciprocal": (1, -1)}
 # They take none of the values that come in, at most a shape: to give zeros, or memory to be written to, or others.
 _BLANK = {"zeros", "empty", "zeros_like", "new_zeros", "empty_like", "new_empty"}
 _FILLED = {"ones_like", "new_ones", "full_like", "new_full", "rand_like", "randn_like", "randint_like"}
+_FOURIER = {f"fft_{kind}fft{n}" for kind in ("", "i", "r", "ir", "h", "ih") for n in ("", "2", "n")}
+_FOURIER |= {"fft_fftshift", "fft_ifftshift"}
 _ADDING = {"add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin"}
 _MULTIPLYING = {"mul", "multiply", "div", "divide", "true_divide"}
 _NORMALISING = {"layer_norm", "group_norm", "instance_norm", "rms_norm"}
@@ -115,6 +118,11 @@ class _Propagation(Labels):
             "lerp": self._lerp,
             "grid_sample": self._grid_sample,
             "fold": self._fold,
+            **dict.fromkeys(_FOURIER, self._fourier),
+            "view_as_real": lambda operation: [
+                self._of(operation.args[0]).unsqueeze(-1).expand(self._shape(operation))
+            ],
+            "view_as_complex": lambda operation: [self._uniform(self._of(operation.args[0]), (-1,)).squeeze(-1)],
             **dict.fromkeys(MODULE_FUNCTIONS, self._unscaled),
             **dict.fromkeys(_ADDING, self._add),
             **dict.fromkeys(_MULTIPLYING, self._multiply),
@@ -333,6 +341,16 @@ class _Propagation(Labels):
         windows = self._of(operation.args[0]).unflatten(-2, (shape[-3], -1))
         return [self._uniform(windows, (windows.ndim - 2, windows.ndim - 1)).expand(shape)]
 
+    def _fourier(self, operation: Operation) -> list[Tensor]:
+        """One scale along the dimensions that are transformed, or shifted."""
+        labels, name = self._of(operation.args[0]), operation.name
+        shifts = name.endswith("shift")
+        (dimensions,) = _given(operation, ("input", "dim") if shifts else ("input", "n", "dim"), ("dim",))
+        if dimensions is None:
+            dimensions = range(labels.ndim) if shifts or name.endswith("n") else (-2, -1) if name.endswith("2") else -1
+        dimensions = [dimensions] if isinstance(dimensions, int) else dimensions
+        return [self._uniform(labels, dimensions).expand(self._shape(operation))]
+
     def _unscaled(self, operation: Operation) -> list[Tensor] | None:
         """A convolution or linear map whose weights no scale multiplies: frozen, computed, or a fixed blur."""
         given = dict(zip(AFFINE[operation.name], operation.args, strict=False)) | operation.kwargs
@@ -350,6 +368,9 @@ class _Propagation(Labels):
 
     def _add(self, operation: Operation) -> list[Tensor]:
         one, other = _given(operation, ("input", "other"), ("input", "other"))
+        for x, constant in ((one, other), (other, one)):
+            if not self._varies(constant) and bool((self._of(constant) == PINNED).any() & (self._of(x) > PINNED).any()):
+                self.scales.pinned_by.add(f"{_canonical(operation.name)} of a constant")
         return [self._merge(self._of(one), self._of(other)).expand(self._shape(operation))]
 
     def _multiply(self, operation: Operation) -> list[Tensor] | None:
@@ -487,7 +508,10 @@ class _Propagation(Labels):
         if parameters is None:
             return None
         eps = 1e-5 if eps is None else eps  # the default of the function
-        norm = Norm(incoming, 0, *parameters, mean=statistics[0], variance=statistics[1], eps=eps)
+        module = operation.module
+        if parameters[0] is None and (getattr(module, "running_var", None) is not statistics[1] or module.eps != eps):
+            return None  # nothing could take up what eps cannot
+        norm = Norm(incoming, 0, *parameters, module=module, mean=statistics[0], variance=statistics[1], eps=eps)
         return self._emit(operation, norm)
 
     def _own_statistics(self, operation: Operation) -> list[Tensor] | None:

@@ -29,7 +29,8 @@ from initializers._model import (
 )
 
 # Their constants can be scaled; a function that such a module calls is attributed to it.
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm, nn.LocalResponseNorm)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+NORMS += (nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm)
 # What a model may ask of a tensor without its values steering what happens next; `__get__` reads a property.
 _METADATA = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device"),

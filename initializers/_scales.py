@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from initializers._layer import Layer
-from initializers._model import InitializationError
 from initializers._rates import Measurement
 
 PINNED = 0  # the label of scales that may not change
@@ -41,7 +40,7 @@ class Norm:
     output: int
     weight: Tensor | None
     bias: Tensor | None
-    module: Any = None  # whose eps is scaled along
+    module: Any = None  # whose eps is scaled along, or lowered
     mean: Tensor | None = None  # running statistics
     variance: Tensor | None = None
     eps: float = 0.0
@@ -292,24 +291,19 @@ def _scale_norm(norm: Norm, u: Tensor) -> None:
     """Let a normalisation take inputs exp(u_in) times larger and give outputs exp(u_out) times larger, exactly.
 
     With v the running variance of BatchNorm and s the scale, v' + eps = s² (v + eps) keeps the function in spite of
-    eps. Where that would need a negative v', it is 0 and the weight takes up the rest. Other normalisations take
-    their variance from the input, so that eps itself is scaled.
-
-    Raises:
-        InitializationError: there is no weight to do so.
+    eps. Where that would need a negative v', it is 0 and the weight takes up the rest; without a weight eps becomes
+    smaller. Other normalisations take their variance from the input, so that eps itself is scaled.
     """
     incoming, outgoing = _exp(u[norm.incoming]), _exp(u[norm.output]).item()
     correction: float | Tensor = 1.0
     if norm.mean is not None and norm.variance is not None:
-        variance, total = _scaled_variance(norm.variance, norm.eps, incoming)
+        before = norm.eps
+        if norm.weight is None and (_scaled_variance(norm.variance, before, incoming)[1] < before).any():
+            norm.eps = norm.module.eps = before * incoming.min().square().item()
+        variance, total = _scaled_variance(norm.variance, before, incoming, norm.eps)
         norm.mean.copy_(norm.mean * incoming.to(total))
         norm.variance.copy_(variance)
         correction = ((variance + norm.eps) / total).sqrt()
-        if norm.weight is None and (total < norm.eps).any():
-            raise InitializationError(
-                f"a BatchNorm without weights has eps {norm.eps}, too large for an input scaled by "
-                f"{incoming.min():.1e}; lower it, or pass affine=True"
-            )
     elif norm.module is not None:
         norm.module.eps *= _exp(2 * u[norm.incoming[0]]).item()
     if norm.weight is not None:
@@ -318,13 +312,17 @@ def _scale_norm(norm: Norm, u: Tensor) -> None:
         norm.bias.mul_(outgoing)
 
 
-def _scaled_variance(variance: Tensor, eps: float, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled_variance(variance: Tensor, eps: float, factor: Tensor, after: float | None = None) -> tuple[Tensor, Tensor]:
     """The running variance v' of BatchNorm for an input that is `factor` times larger, and what v' + eps ought to be.
 
     Both in the shape that the factor and the running variance have together; v' in the latter's dtype.
+
+    Args:
+        after: what eps is then, if it is another.
     """
     factor = factor.to(variance.device, torch.promote_types(variance.dtype, torch.float32))
     total = factor**2 * (variance.to(factor.dtype) + eps)
-    scaled = (total - eps).clamp_min(0).to(variance.dtype)
+    after = eps if after is None else after
+    scaled = (total - after).clamp_min(0).to(variance.dtype)
     # One step of refinement: rounding would otherwise show in networks that amplify it.
-    return scaled.add_(total - (scaled + eps)).clamp_(min=0), total
+    return scaled.add_(total - (scaled + after)).clamp_(min=0), total

@@ -71,12 +71,12 @@ def initialize_within(
         mu, sigma = _statistics(layer, outputs)
         row.mean_before, row.std_before = mu.mean().item(), sigma.mean().item()
         if rule.normalise and tied is None:
-            images = sum(map(len, outputs))
             flat = sigma <= rounding.maximum(FLAT * mu.abs())
-            if flat.all() and images != 1:
+            if flat.all() and report.images > 1:
                 row.add_note(_normalise_still(layer, outputs, mu, rule.beta))
             else:
-                row.add_note(_normalise_channels(layer, outputs, mu, sigma, flat, rule.beta))
+                dead = _dead_groups(layer, flat, report.images)
+                row.add_note(_normalise_channels(layer, outputs, mu, sigma, dead, rule.beta))
             mu, sigma = _statistics(layer, outputs)
             row.mean_after, row.std_after = mu.mean().item(), sigma.mean().item()
         row.seconds = time.perf_counter() - start
@@ -110,21 +110,17 @@ def _rounding(layer: Layer, inputs: list[Tensor]) -> Tensor:
 
 
 def _normalise_channels(
-    layer: Layer, outputs: list[Tensor], mu: Tensor, sigma: Tensor, flat: Tensor, beta: float
+    layer: Layer, outputs: list[Tensor], mu: Tensor, sigma: Tensor, dead: Tensor, beta: float
 ) -> str:
     """Algorithm 1 for one layer; the outputs follow in place, as they are linear in weights and biases.
 
     Args:
-        mu, sigma: of each output channel, (out_channels,). flat: which do not vary beyond rounding.
+        mu, sigma: of each output channel, (out_channels,). dead: groups of channels that do not vary, (groups,).
 
     Returns:
-        A note on groups of channels that do not vary on the images, because their few inputs are dead behind a ReLU:
-        their weights stay as they are, or get length 1 where they are longer.
-
-    Raises:
-        InitializationError: a channel does not vary beyond rounding.
+        A note on the groups of channels that do not vary on the images, because their few inputs are dead behind a
+        ReLU: their weights stay as they are, or get length 1 where they are longer.
     """
-    dead = _dead_groups(layer, flat, sum(map(len, outputs)))
     norms = layer.blocks.square().sum((2, 3)).sqrt().flatten().to(sigma)
     large = norms.clamp(min=1)  # filters of whitened rounding are
     sigma = torch.where(dead.repeat_interleave(len(sigma) // layer.groups), large, sigma)

@@ -1120,3 +1120,128 @@ def test_channels_that_cancel_out_do_not_vary(images, filters, double):
     with torch.no_grad():
         values = model.deep(torch.cat([model.stem(images), torch.zeros_like(model.stem(images))], 1))
     torch.testing.assert_close(values[:, :8].std((0, 2, 3), correction=0), torch.ones(8).to(values), atol=1e-3, rtol=0)
+
+
+# Normalisations whose weights come from elsewhere, single queries, experts that hardly any image reaches.
+
+
+class Conditional(nn.Module):
+    """BatchNorm without weights, which come from the class: as in generators of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.norm, self.gains = nn.BatchNorm2d(8, affine=False), nn.Embedding(4, 8)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x, classes):
+        x = self.norm(self.second(self.first(x).relu())) * self.gains(classes)[:, :, None, None]
+        return self.head(x.relu().sum((2, 3)))
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "paper", "alpha": 0.9}])
+def test_a_normalisation_without_weights_takes_any_scale(images, options):
+    torch.manual_seed(0)
+    model, classes = Conditional().double(), torch.arange(48) % 4
+    initialize(model, (images, classes), "gaussian", between=False)
+    expected = model.eval()(images.double(), classes)
+    report = rescale(model, (images, classes), **options)
+    assert report.spread_before > 100
+    assert report.spread_after < (1.01 if not options else 2)
+    torch.testing.assert_close(model(images.double(), classes), expected, rtol=1e-9, atol=1e-9)
+    assert report.unsaved == ["norm.eps"]
+    assert model.norm.eps < 1e-5
+
+
+def test_statistics_without_a_module_hold_the_scale(images):
+    class Functional(Conditional):
+        def forward(self, x, classes):
+            x = self.second(self.first(x).relu())
+            x = nn.functional.batch_norm(x, self.norm.running_mean, self.norm.running_var)
+            return self.head((x * self.gains(classes)[:, :, None, None]).relu().sum((2, 3)))
+
+    torch.manual_seed(0)
+    model, classes = Functional(), torch.arange(48) % 4
+    report = initialize(model, (images, classes), "gaussian")
+    assert report.output_change < 1e-6
+    assert "batch_norm" in report.held_by
+    assert report.unsaved == []
+
+
+class Pooling(nn.Module):
+    """Attention of one learned query, with positions first or images first; behind ReLU, so that channels are dead."""
+
+    def __init__(self, batch_first, relu):
+        super().__init__()
+        self.embed, self.query = nn.Linear(48, 16), nn.Parameter(torch.randn(1, 1, 16))
+        self.attention, self.head = nn.MultiheadAttention(16, 4, batch_first=batch_first), nn.Linear(16, 5)
+        self.relu = relu
+
+    def forward(self, x):
+        x = self.embed(x.reshape(len(x), 16, 48))
+        query = self.query.expand(len(x), -1, -1)
+        query = query.relu() if self.relu else query
+        if not self.attention.batch_first:
+            x, query = x.transpose(0, 1), query.transpose(0, 1)
+        x, _ = self.attention(query, x, x)
+        return self.head(x.flatten(0, 1))
+
+
+@pytest.mark.parametrize("filters", ["kmeans", "gaussian"])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_single_query_does_not_vary(images, batch_first, relu, filters):
+    images = images[::3]  # one batch
+    torch.manual_seed(0)
+    model = Pooling(batch_first, relu)
+    report = initialize(model, images, filters, between=False)
+    noted = {row.name for row in report.layers if "the same for all images" in row.note}
+    assert noted == {"attention.in_proj[0:16]"}
+    assert_normalised(model, images, ["embed", "head"])
+    assert rescale(model, images).output_change < 1e-5
+
+
+@pytest.mark.parametrize("filters", ["pca", "gaussian"])
+@pytest.mark.parametrize("reached", [0, 1, 2])
+def test_an_expert_that_few_images_reach(images, reached, filters):
+    class Experts(nn.Module):
+        """The brightest images go to the second expert, which takes the mean of what it has."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.one, self.other = nn.Linear(768, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x):
+            where = (x.flatten(1).std(1) > limit).nonzero().squeeze(1)
+            x = self.embed(x.flatten(1))
+            other = self.other(x[where])
+            other = other - 0.5 * other.mean(-1, keepdim=True)
+            return self.head(self.one(x).relu().index_add(0, where, other))
+
+    limit = images.flatten(1).std(1).sort(descending=True).values[reached]
+    torch.manual_seed(0)
+    model = Experts()
+    report = initialize(model, images, filters)
+    notes = {row.name: row.note for row in report.layers}
+    assert ("the same for all images" in notes["other"]) == (reached == 1)
+    assert ("no image reaches it" in notes["other"]) == (reached == 0)
+    assert report.output_change < 1e-5
+
+
+def test_the_report_names_constants_that_hold_the_rates(images):
+    class Modulated(nn.Module):
+        """Its factors are 1 and what a layer adds."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.factors, self.head = nn.Conv2d(3, 8, 3), nn.Linear(3, 8), nn.Linear(8, 500)
+
+        def forward(self, x):
+            factors = 1 + self.factors(x.mean((2, 3)))
+            return self.head((self.conv(x) * factors[:, :, None, None]).relu().sum((2, 3)))
+
+    torch.manual_seed(0)
+    report = initialize(Modulated(), images, "gaussian")
+    assert report.spread_after > 2
+    assert report.held_by == ["add of a constant"]

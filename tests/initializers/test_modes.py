@@ -232,3 +232,52 @@ def test_the_report_says_what_holds_the_rates():
     assert report.held_by == ["gelu", "silu"]
     assert "the rates are held apart by parts that are not homogeneous (gelu, silu), nonhomogeneous=" in str(report)
     assert "held apart" not in str(initialize(model, images, "gaussian", nonhomogeneous="scale"))
+
+
+class Encoder(nn.Module):
+    """Words of a length each, as attention takes them: what is behind the last one is masked."""
+
+    def __init__(self, decoder=False):
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        sizes = {"d_model": 16, "nhead": 4, "dim_feedforward": 32, "dropout": 0.0, "batch_first": True}
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**sizes), 2)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**sizes), 1) if decoder else None
+
+    def forward(self, x, masked):
+        x = self.embed(x)
+        seen = self.encoder(x, src_key_padding_mask=masked)
+        if self.decoder is not None:
+            seen = self.decoder(x, seen, tgt_key_padding_mask=masked, memory_key_padding_mask=masked)
+        return self.head((seen * ~masked[..., None]).sum(1) / (~masked).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "decoder", "fast"),
+    [("at the end", True, True), ("at the beginning", False, True), ("none", False, True), ("equal", False, False)],
+)
+def test_padding_masks_of_attention(lengths, decoder, fast):
+    """Torch's faster way in evaluation mode, with nested tensors, is taken where a mask is at the end."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 8, 6, generator=generator)
+    ends = torch.randint(3, 9, (24, 1), generator=generator)
+    masked = {
+        "at the end": torch.arange(8) >= ends,
+        "at the beginning": torch.arange(8) < 8 - ends,
+        "none": torch.zeros(24, 8, dtype=torch.bool),
+        "equal": (torch.arange(8) >= 5).expand(24, 8),
+    }[lengths]
+    torch.manual_seed(0)
+    model = Encoder(decoder)
+    with default(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled, fast):
+        report = initialize(model, (x, masked), "gaussian")
+        assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert len(report.layers) == (17 if decoder else 10)
+    assert all(row.std_after == pytest.approx(1, abs=1e-3) for row in report.layers)
+    assert report.output_change < 1e-5
+    assert report.spread_after < report.spread_before
+    before = model.embed.weight.clone()
+    with pytest.raises(InitializationError):
+        initialize(model, (x[:, :, :5], masked))
+    assert torch.equal(model.embed.weight, before)
+    assert torch.backends.mha.get_fastpath_enabled()

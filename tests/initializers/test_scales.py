@@ -229,6 +229,15 @@ CARRIES = {
     "einsum": lambda m, x: torch.einsum("n c h w, h k -> n w c k", x, turned(x)),
     "einsum with an ellipsis": lambda m, x: torch.einsum("...hw,kh->...kw", [x, turned(x)]),
     "einsum of two": lambda m, x: torch.einsum("nchw,ndhw->ncd", x, x),
+    "spectrum": lambda m, x: (
+        torch.fft.irfft2(torch.fft.rfft2(x, norm="ortho")[..., :3], s=x.shape[-2:])
+        + torch.fft.ifft(torch.fft.fft(x, dim=1).conj() * 1j, 5, 1)[:, :4].real
+    ),
+    "numbers of two parts": lambda m, x: (
+        torch.view_as_real(torch.fft.fftshift(torch.fft.fftn(x, dim=(1, 2)), dim=1)).mean(-1)
+        + torch.view_as_complex(x.unflatten(3, (3, 2))).abs().sum(3, keepdim=True)
+    ),
+    "turned by its phase": lambda m, x: x * torch.fft.fft2(x).angle().cos(),
     "constants of a shape": lambda m, x: x * torch.ones_like(x) * torch.full_like(x, 3.0),
 }
 PINS = {
@@ -448,6 +457,12 @@ NETWORKS = {
     "layer scale, added too": (lambda m, x: m.a(x) * m.position + m.position, 1),
     "one factor": (lambda m, x: x * m.part, 2, {"part": lambda: nn.Parameter(torch.ones(()))}),
     "position embedding": (lambda m, x: m.a(x + m.position), 2),
+    "a filter of the spectrum": (
+        lambda m, x: m.a(torch.fft.irfft2(torch.fft.rfft2(x) * torch.view_as_complex(m.part), s=(6, 6))), 3,
+        {"part": lambda: nn.Parameter(torch.ones(4, 6, 4, 2))}),
+    "filters of a spectrum": (
+        lambda m, x: F.gelu(m.a(x) + torch.fft.irfft2(torch.einsum("nihw,iohw->nohw", torch.fft.rfft2(x), m.part))), 1,
+        {"part": lambda: nn.Parameter(torch.ones(4, 4, 6, 4, dtype=torch.cdouble))}),
     "position embedding, negative": (lambda m, x: F.relu(m.position - x), 1),
     "embedding table": (lambda m, x: tokens(x) + m.part(torch.arange(36)), 0, {"part": lambda: nn.Embedding(36, 4)}),
     "class token": (cls, 2),
@@ -638,12 +653,20 @@ def test_batch_norm_scales_exactly_in_spite_of_eps(variance, incoming, outgoing)
     torch.testing.assert_close(norm(incoming * x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_batch_norm_without_weights_cannot_make_up_for_eps():
-    norm = nn.BatchNorm1d(6, affine=False).double()
-    scaled = Norm(torch.ones(6).long(), 0, None, None, None, norm.running_mean, norm.running_var, norm.eps)
-    _scale_norm(scaled, torch.tensor([0.0, math.log(0.1)], dtype=torch.float64))
-    with pytest.raises(InitializationError, match=r"eps 1e-05, too large for an input scaled by 1.0e-03"):
-        _scale_norm(scaled, torch.tensor([0.0, math.log(0.001)], dtype=torch.float64))
+@pytest.mark.parametrize("factors", [[0.1, 0.1], [0.001, 0.001], [0.001, 5], [1e-7, 1]])
+def test_batch_norm_without_weights_lowers_its_eps_where_it_must(factors):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(2, affine=False).eval().double()
+    nn.init.normal_(norm.running_mean)
+    x = torch.randn(20, 2, dtype=torch.float64)
+    expected = norm(x)
+    scaled = Norm(torch.tensor([1, 2]), 0, None, None, norm, norm.running_mean, norm.running_var, norm.eps)
+    steps = torch.tensor([1, *factors], dtype=torch.float64).log() / 2
+    for _ in range(2):  # as the method of the paper does it
+        _scale_norm(scaled, steps)
+    assert (norm.running_var >= 0).all()
+    assert (norm.eps < 1e-5) == (min(factors) < 0.01)
+    torch.testing.assert_close(norm(x.new_tensor(factors) * x), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("variance", [0.0, 1e-12, 1e8])
