@@ -23,7 +23,8 @@ AFFINE = {
 RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "poisson"}
 RANDOM |= {"bernoulli", "multinomial", "rrelu_with_noise"}
 RANDOM |= {f"{name}_" for name in ("normal", "uniform", "bernoulli", "exponential", "cauchy", "random")}
-RANDOM |= {"log_normal_", "geometric_"}
+RANDOM |= {"log_normal_", "geometric_", "gumbel_softmax", "svd_lowrank", "pca_lowrank"}
+RANDOM |= {f"fractional_max_pool{n}d{more}" for n in (2, 3) for more in ("", "_with_indices")}
 MODULE_FUNCTIONS = {"linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))}
 
 # `multi_head_attention_forward` hands itself to the active mode before anything else; this copy goes straight on, so

@@ -143,6 +143,7 @@ def _plain_modes(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_no_checkpoints())
         stack.enter_context(_no_validation())
         stack.enter_context(_no_fast_path())
+        stack.enter_context(_no_scripted_functions())
         if "torch._dynamo" in sys.modules:  # which is slow to import, and nothing is compiled without it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -168,6 +169,23 @@ def _no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _no_scripted_functions() -> Iterator[None]:
+    """Functions that are scripted or traced run as they are written, as those that are compiled."""
+    function = torch.jit.ScriptFunction
+    before = function.__call__
+
+    def call(self, *args, **kwargs):
+        written = getattr(self, "_torchdynamo_inline", None)  # none where it was loaded from a file
+        return before(self, *args, **kwargs) if written is None else written(*args, **kwargs)
+
+    function.__call__ = call
+    try:
+        yield
+    finally:
+        function.__call__ = before
 
 
 @contextmanager

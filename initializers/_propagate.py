@@ -43,6 +43,7 @@ _HOMOGENEOUS = {
 }
 _POOLING = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
 _POOLING |= {"interpolate", "upsample", "lp_pool1d", "lp_pool2d", "max_unpool1d", "max_unpool2d", "max_unpool3d"}
+_POOLING |= {"fractional_max_pool2d", "fractional_max_pool3d"}
 _POOLING |= {f"{name}_with_indices" for name in _POOLING if "max_pool" in name}
 # They take, order or add up elements along a dimension. The last one where none is given.
 _ALONG = {

@@ -162,6 +162,45 @@ def test_compiled_models_run_as_they_are_written(part, model, images):
     assert given(images).shape == (40, 5)
 
 
+class Gated(nn.Module):
+    """A gate that is a function of its own, with a constant."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.top = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+        self.function, self.shift = function, nn.Parameter(torch.zeros(8, 1, 1))
+
+    def forward(self, x):
+        return self.top(self.function(self.b(self.function(self.a(x), self.shift)), self.shift).mean((2, 3)))
+
+
+def gate(x, shift):
+    return x * torch.sigmoid(x + shift)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("kind", ["scripted", "traced"])
+def test_scripted_and_traced_functions_run_as_they_are_written(kind, images):
+    example = torch.ones(2, 8, 4, 4), torch.ones(8, 1, 1)
+    function = torch.jit.script(gate) if kind == "scripted" else torch.jit.trace(gate, example)
+    torch.manual_seed(0)
+    expected = Gated(gate)
+    model = Gated(function)
+    model.load_state_dict(expected.state_dict())
+    call = torch.jit.ScriptFunction.__call__
+    for options in ({}, {"nonhomogeneous": "scale"}):
+        one, other = copy.deepcopy(expected), Gated(function)
+        other.load_state_dict(model.state_dict())
+        report = initialize(other, images, **options)
+        initialize(one, images, **options)
+        assert_same(other, one)
+        assert report.output_change < 1e-5
+    assert report.spread_after < 1.01
+    with pytest.raises(InitializationError):
+        initialize(model, images[:, :2])
+    assert torch.jit.ScriptFunction.__call__ is call
+
+
 class Branches(nn.Module):
     """What only training does: a block that is dropped, dropout as functions, an auxiliary classifier."""
 

@@ -480,6 +480,10 @@ DRAWS = {
     "normal_": lambda mean, scale: mean + scale * torch.empty_like(mean).normal_(),
     "rsample": lambda mean, scale: torch.distributions.Normal(mean, scale).rsample(),
     "rand": lambda mean, scale: mean + scale * torch.rand(len(mean), 1),
+    "gumbel_softmax": lambda mean, scale: F.gumbel_softmax(mean, hard=True) * scale,
+    "fractional_max_pool": lambda mean, scale: F.fractional_max_pool2d(
+        mean[:, :, None, None] * torch.linspace(-2, 2, 16).view(4, 4), 2, (1, 1)
+    ).flatten(1),
 }
 
 
