@@ -51,6 +51,7 @@ class _Arguments:
 
     Attributes:
         names: of all its arguments. required: of those without a default, in order.
+        any_name: whether it takes arguments by any name, and no other.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,6 +62,7 @@ class _Arguments:
             given = []
         named = [argument for argument in given if argument.kind in kinds]
         self.names = [argument.name for argument in named]
+        self.any_name = not named and any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in given)
         self.required = [argument.name for argument in named if argument.default is inspect.Parameter.empty]
 
 
@@ -88,7 +90,8 @@ def _tensors(arguments: _Arguments, images) -> Given:
     for column in columns:
         if len({part.shape[1:] for part in column}) > 1:
             shapes = sorted({tuple(part.shape[1:]) for part in column})
-            raise InitializationError(f"the batches hold images of different shapes {shapes}: resize them to one")
+            remedy = "resize them to one" if len({*map(len, shapes)}) == 1 else "pass the images alone"
+            raise InitializationError(f"the batches hold images of different shapes {shapes}: {remedy}")
     return tuple(map(torch.cat, columns)), batches[0][1]
 
 
@@ -99,10 +102,21 @@ def _of_batch(arguments: _Arguments, batch) -> Given:
     are all there; or else one.
     """
     if isinstance(batch, Mapping):
-        named = {name: batch[name] for name in arguments.names if isinstance(batch.get(name), Tensor)}
+        names = batch if arguments.any_name else arguments.names
+        named = {name: batch[name] for name in names if isinstance(batch.get(name), Tensor)}
         if named and {*arguments.required} <= named.keys():
             return tuple(named.values()), tuple(named)
-    if isinstance(batch, tuple | list):
+    if isinstance(batch, tuple | list) and batch:
+        inner = batch[0]  # inputs in a container of their own, before the targets
+        if isinstance(inner, Mapping):
+            return _of_batch(arguments, inner)
+        if isinstance(inner, tuple | list) and inner and all(isinstance(part, Tensor) for part in inner):
+            if len(inner) != len(arguments.required):
+                raise InitializationError(
+                    f"a batch begins with {len(inner)} tensors (views of an image?), and the model requires "
+                    f"{len(arguments.required)}: yield the images alone"
+                )
+            return _of_batch(arguments, inner)
         first = batch[: len(arguments.required)]
         if len(first) == len(arguments.required) > 1 and all(isinstance(part, Tensor) for part in first):
             return tuple(first), ()

@@ -36,7 +36,14 @@ class RejectedError(InitializationError):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, without what runs it on several devices or compiled."""
+    """The model itself, without what runs it on several devices or compiled.
+
+    Raises:
+        InitializationError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InitializationError(f"the model is {kind}: pass a torch.nn.Module")
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model.get_submodule("module" if isinstance(model, wrappers) else "_orig_mod")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from initializers import InitializationError, change_rate, initialize, lsuv, rescale
+from initializers import InitializationError, change_rate, initialize, lsuv, msra, rescale, xavier
 
 
 @pytest.fixture
@@ -132,6 +132,67 @@ def test_a_dictionary_with_the_name_of_the_argument(images):
     labels = torch.arange(40)
     for given in ({"label": labels, "pixels": images}, {"pixels": images}, {"image": images, "label": labels}):
         assert same(trained(Net, given), expected)
+
+
+class AnyNames(Words):
+    """As a wrapper takes arguments: by whatever names."""
+
+    def forward(self, **given):
+        return super().forward(**given)
+
+
+def test_a_model_that_takes_any_names():
+    given = words()
+    assert same(trained(AnyNames, given), trained(Words, given))
+    assert not same(trained(AnyNames, given | {"attention_mask": given["input_ids"] % 2}), trained(Words, given))
+
+
+class Distance(nn.Module):
+    """Of two images."""
+
+    def __init__(self):
+        super().__init__()
+        self.look = nn.Sequential(nn.Flatten(), nn.Linear(432, 16), nn.ReLU(), nn.Linear(16, 6))
+
+    def forward(self, one, other):
+        return (self.look(one) - self.look(other)).square()
+
+
+def test_inputs_in_a_container_before_the_targets(images):
+    other, labels = images.flip(3), torch.arange(40) % 5
+    expected = trained(Distance, (images, other))
+    batches = [([images[:20], other[:20]], labels[:20]), ([images[20:], other[20:]], labels[20:])]
+    data = torch.utils.data.StackDataset(torch.utils.data.TensorDataset(images, other), labels)
+    for given in (batches, data, torch.utils.data.DataLoader(data, 16)):
+        assert same(trained(Distance, given), expected)
+    named = [({"input_ids": words()["input_ids"], "attention_mask": words()["attention_mask"]}, labels[:32])]
+    assert same(trained(Words, named), trained(Words, named[0][0]))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(432, 5))
+    for given in (batches, data):
+        with pytest.raises(
+            InitializationError, match=r"begins with 2 tensors \(views of an image\?\).* requires 1: yield"
+        ):
+            initialize(model, given)
+    with pytest.raises(InitializationError, match=r"of different shapes .*: pass the images alone"):
+        initialize(model, [[images, other], labels])
+    initialize(model, [(["a.jpg"] * 40, images)])  # names of files, as some loaders yield them
+
+
+MODELS = {
+    "function": (lambda: torch.relu, "a builtin_function_or_method"),
+    "class": (lambda: nn.Linear, "the class Linear"),
+    "nothing": (lambda: None, "a NoneType"),
+    "state": (lambda: nn.Linear(2, 2).state_dict(), "a OrderedDict"),
+    "list": (lambda: [nn.Linear(2, 2)], "a list"),
+}
+
+
+@pytest.mark.parametrize("call", [initialize, rescale, change_rate, lsuv, lambda m, _: xavier(m), lambda m, _: msra(m)])
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_is_no_module(images, kind, call):
+    make, named = MODELS[kind]
+    with pytest.raises(InitializationError, match=rf"the model is {named}: pass a torch\.nn\.Module"):
+        call(make(), images)
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize")
