@@ -231,8 +231,8 @@ class AffineMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch._C._functorch.maybe_current_level() is not None:  # where tensors have no memory to know them by
-            raise InitializationError(TRANSFORMED)
+        if torch._C._functorch.maybe_current_level() is not None:
+            return self.transformed(func, args, kwargs)
         weight = computed(self.layers.weight_norms, func, args)
         if weight is not None:
             return weight
@@ -269,6 +269,16 @@ class AffineMode(TorchFunctionMode):
                 mask = source.mask if mask is None else mask if source.mask is None else mask * source.mask
         _, whole = self.layers.find(parameter)
         self.sources[memory(output)] = Scaled(output, parameter, whole, factor, mask)
+
+    def transformed(self, func: Callable, args: tuple, kwargs: dict):
+        """Compute inside torch.vmap or the like, where tensors have no memory to know them by: anything but a layer.
+
+        Raises:
+            InitializationError: it may be a layer.
+        """
+        if arguments_of(func, args, kwargs) is not None:
+            raise InitializationError(TRANSFORMED)
+        return func(*args, **kwargs)
 
     def operation(self, func: Callable, args: tuple, kwargs: dict, call: Call | None):
         """Compute `func(*args, **kwargs)`, which is the given use of an affine layer or none."""

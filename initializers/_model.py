@@ -8,6 +8,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -181,7 +182,7 @@ def _no_fast_path() -> Iterator[None]:
 @contextmanager
 def _no_scripted_functions() -> Iterator[None]:
     """Functions that are scripted or traced run as they are written, as those that are compiled."""
-    function = torch.jit.ScriptFunction
+    function: Any = torch.jit.ScriptFunction
     before = function.__call__
 
     def call(self, *args, **kwargs):

@@ -510,7 +510,8 @@ class _Propagation(Labels):
             return None
         eps = 1e-5 if eps is None else eps  # the default of the function
         module = operation.module
-        if parameters[0] is None and (getattr(module, "running_var", None) is not statistics[1] or module.eps != eps):
+        own = (getattr(module, "running_var", None), getattr(module, "eps", None))
+        if parameters[0] is None and (own[0] is not statistics[1] or own[1] != eps):
             return None  # nothing could take up what eps cannot
         norm = Norm(incoming, 0, *parameters, module=module, mean=statistics[0], variance=statistics[1], eps=eps)
         return self._emit(operation, norm)

@@ -29,8 +29,10 @@ from initializers._model import (
 )
 
 # Their constants can be scaled; a function that such a module calls is attributed to it.
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-NORMS += (nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm)
+NORMS = (
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
+    *(nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm),
+)
 # What a model may ask of a tensor without its values steering what happens next; `__get__` reads a property.
 _METADATA = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device"),
@@ -167,6 +169,8 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Grap
     finally:
         for hook in hooks:
             hook.remove()
+    if recorder.blind:
+        raise UngraphableError("it computes inside torch.vmap or another transform of torch.func")
     graph = recorder.graph
     graph.outputs = [recorder.value(output) for output in outputs]
     graph.others = [recorder.value(other) for other in others]
@@ -185,6 +189,7 @@ class _Recorder(AffineMode):
         self.memories: dict[int, tuple[StorageWeakRef, int]] = {}
         self.results: list[Tensor] = []  # of affine layers
         self.modules: list[nn.Module] = []
+        self.blind = False  # whether something was computed of images that could not be seen
 
     def enter(self, module: nn.Module, _) -> None:
         self.modules.append(module)
@@ -199,6 +204,15 @@ class _Recorder(AffineMode):
         """A scripted module, of which nothing inside can be seen, is one operation."""
         if isinstance(module, torch.jit.ScriptModule):
             self.add("a scripted module", module, args, {}, None, output)
+
+    def transformed(self, func: Any, args: tuple, kwargs: dict):
+        """What is computed of constants, such as a mask of attention, is a constant; what of images, is not seen."""
+        for tensor in tensors_of((args, kwargs)):
+            while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                tensor = torch._C._functorch.get_unwrapped(tensor)
+            _, index = self.memories.get(StorageWeakRef(tensor.untyped_storage()).cdata, (None, None))
+            self.blind |= index in self.graph.varying
+        return super().transformed(func, args, kwargs)
 
     def new(self, tensor: Tensor, varying: bool) -> int:
         index = len(self.graph.shapes)

@@ -215,6 +215,46 @@ def test_vmap_is_an_error_that_says_what_to_do(images):
     initialize(build(plain), images)  # the remedy
 
 
+def causal(size):
+    """A mask of attention as people compute it from places, each pair by a function of its own."""
+
+    def after(query, key):
+        return query >= key
+
+    places = torch.arange(size)
+    return torch.vmap(torch.vmap(after, in_dims=(None, 0)), in_dims=(0, None))(places, places)
+
+
+def test_vmap_of_constants_is_a_constant(images):
+    def forward(model, x, mask):
+        x = F.relu(model.next(F.relu(model.conv(x))))
+        return model.head((x * mask).mean((2, 3)))
+
+    sides = build(plain).next(build(plain).conv(images[:1])).shape[2:]
+    expected = build(lambda m, x: forward(m, x, torch.ones(sides).tril().bool()))
+    model = build(lambda m, x: forward(m, x, causal(sides[0])))
+    report = initialize(model, images)
+    initialize(expected, images)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), expected.parameters(), strict=True))
+    assert report.spread_after < 1.01
+
+
+@pytest.mark.parametrize("transform", [lambda x: torch.vmap(torch.sin)(x), lambda x: torch.func.grad(total)(x)])
+def test_vmap_of_what_comes_of_images_is_no_constant(images, transform):
+    def forward(model, x):
+        return model.head(F.relu(model.next(transform(model.conv(x)))).mean((2, 3)))
+
+    with pytest.raises(InitializationError, match=r"cannot follow .*inside torch\.vmap .*; pass between=False"):
+        initialize(build(forward), images)
+    report = initialize(build(forward), images, between=False)
+    assert all(row.std_after == pytest.approx(1, abs=1e-3) for row in report.layers)
+    assert initialize(build(forward), images, nonhomogeneous="scale").spread_after < 1.01
+
+
+def total(x):
+    return x.sin().square().sum()
+
+
 # Gradients that are rounding.
 
 
