@@ -120,10 +120,7 @@ class _Propagation(Labels):
             "grid_sample": self._grid_sample,
             "fold": self._fold,
             **dict.fromkeys(_FOURIER, self._fourier),
-            "view_as_real": lambda operation: [
-                self._of(operation.args[0]).unsqueeze(-1).expand(self._shape(operation))
-            ],
-            "view_as_complex": lambda operation: [self._uniform(self._of(operation.args[0]), (-1,)).squeeze(-1)],
+            **dict.fromkeys(("view_as_real", "view_as_complex"), self._view_parts),
             **dict.fromkeys(MODULE_FUNCTIONS, self._unscaled),
             **dict.fromkeys(_ADDING, self._add),
             **dict.fromkeys(_MULTIPLYING, self._multiply),
@@ -351,6 +348,13 @@ class _Propagation(Labels):
             dimensions = range(labels.ndim) if shifts or name.endswith("n") else (-2, -1) if name.endswith("2") else -1
         dimensions = [dimensions] if isinstance(dimensions, int) else dimensions
         return [self._uniform(labels, dimensions).expand(self._shape(operation))]
+
+    def _view_parts(self, operation: Operation) -> list[Tensor]:
+        """A complex number and its two parts, along a last dimension of their own, have one scale."""
+        labels, shape = self._of(operation.args[0]), self._shape(operation)
+        if labels.ndim < len(shape):
+            return [labels.unsqueeze(-1).expand(shape)]
+        return [self._uniform(labels, (-1,)).squeeze(-1)]
 
     def _unscaled(self, operation: Operation) -> list[Tensor] | None:
         """A convolution or linear map whose weights no scale multiplies: frozen, computed, or a fixed blur."""
