@@ -297,13 +297,13 @@ def _scale_norm(norm: Norm, u: Tensor) -> None:
     incoming, outgoing = _exp(u[norm.incoming]), _exp(u[norm.output]).item()
     correction: float | Tensor = 1.0
     if norm.mean is not None and norm.variance is not None:
-        before = norm.eps
-        if norm.weight is None and (_scaled_variance(norm.variance, before, incoming)[1] < before).any():
-            norm.eps = norm.module.eps = before * incoming.min().square().item()
-        variance, total = _scaled_variance(norm.variance, before, incoming, norm.eps)
+        eps = after = norm.eps if norm.weight is not None else norm.module.eps
+        if norm.weight is None and (_scaled_variance(norm.variance, eps, incoming)[1] < eps).any():
+            after = norm.module.eps = eps * incoming.min().square().item()
+        variance, total = _scaled_variance(norm.variance, eps, incoming, after)
         norm.mean.copy_(norm.mean * incoming.to(total))
         norm.variance.copy_(variance)
-        correction = ((variance + norm.eps) / total).sqrt()
+        correction = ((variance + after) / total).sqrt()
     elif norm.module is not None:
         norm.module.eps *= _exp(2 * u[norm.incoming[0]]).item()
     if norm.weight is not None:

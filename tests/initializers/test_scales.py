@@ -659,7 +659,7 @@ def test_batch_norm_without_weights_lowers_its_eps_where_it_must(factors):
     norm = nn.BatchNorm1d(2, affine=False).eval().double()
     nn.init.normal_(norm.running_mean)
     x = torch.randn(20, 2, dtype=torch.float64)
-    expected = norm(x)
+    expected, before = norm(x), copy.deepcopy(norm.state_dict())
     scaled = Norm(torch.tensor([1, 2]), 0, None, None, norm, norm.running_mean, norm.running_var, norm.eps)
     steps = torch.tensor([1, *factors], dtype=torch.float64).log() / 2
     for _ in range(2):  # as the method of the paper does it
@@ -667,6 +667,10 @@ def test_batch_norm_without_weights_lowers_its_eps_where_it_must(factors):
     assert (norm.running_var >= 0).all()
     assert (norm.eps < 1e-5) == (min(factors) < 0.01)
     torch.testing.assert_close(norm(x.new_tensor(factors) * x), expected, rtol=1e-9, atol=1e-9)
+    norm.eps = 1e-5  # as where a step is taken back, and another made
+    norm.load_state_dict(before)
+    _scale_norm(scaled, steps)
+    torch.testing.assert_close(norm(x.new_tensor(factors).sqrt() * x), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("variance", [0.0, 1e-12, 1e8])
