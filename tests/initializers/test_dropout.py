@@ -75,7 +75,7 @@ def test_unit_variance_in_training(name, filters):
         assert (std - 1).abs().max() < 0.15, layer
 
 
-@pytest.mark.parametrize("name", ["MLP", "2-d dropout", "CaffeNet"])
+@pytest.mark.parametrize("name", ["MLP", "2-d dropout", pytest.param("CaffeNet", marks=pytest.mark.slow)])
 def test_equal_rates_in_training(name):
     """On the same images with other masks and top gradients."""
     torch.manual_seed(0)

@@ -180,7 +180,7 @@ def test_any_scales_keep_the_function(network, seed):
     assert distance(model(fresh).detach(), expected) < 1e-9
 
 
-@few(40)
+@few(25)
 @given(networks())
 def test_rescaling_keeps_the_function_and_is_at_the_optimum(network):
     model, images = network
@@ -204,7 +204,7 @@ def test_rescaling_keeps_the_function_and_is_at_the_optimum(network):
     assert log_variance(again, "after") == pytest.approx(log_variance(report, "after"), abs=1e-6)
 
 
-@few(20)
+@few(15)
 @given(networks(("layer", "groups", "norm", "relu", "pool", "shuffle")))
 def test_all_rates_of_a_chain_become_equal(network):
     model, images = network
@@ -219,7 +219,7 @@ def test_all_rates_of_a_chain_become_equal(network):
 def test_initialization(network, filters):
     """Determinism, and that balancing keeps the function of what the other steps made."""
     model, _ = network
-    images, fresh = draw(3, 24, model.convolutional), draw(5, 4, model.convolutional)
+    images, fresh = draw(3, 10, model.convolutional), draw(5, 4, model.convolutional)
     models = [copy.deepcopy(model) for _ in range(3)]
     before = everything(models[0])
     options = {"filters": filters, "seed": 4}

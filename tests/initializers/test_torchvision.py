@@ -186,7 +186,7 @@ def check_within(report, found):
             assert (mean[alive] - target).abs().max() < 1e-3, row.name
 
 
-LARGE = ("efficientnet_b0", "googlenet", "regnet_y_400mf", "swin_v2_t", "vit_b_32")
+LARGE = ("efficientnet_b0", "googlenet", "mobilenet_v3_small", "regnet_y_400mf", "swin_v2_t", "vit_b_32")
 CASES = [
     pytest.param(name, filters, marks=pytest.mark.slow if filters == "kmeans" and name in LARGE else ())
     for name in NETWORKS
