@@ -504,8 +504,9 @@ def test_small_images_are_those_of_the_records():
     top1, converges, epochs = (
         fitnet.pivot(index="init", columns="activation", values=name) for name in ("top1", "converges", "epochs")
     )
-    assert {*top1.columns} == {"relu", "tanh", "vlrelu", "sigmoid"}
-    assert not top1.isna().any(axis=None)
+    assert {*top1.columns} == {"relu", "tanh", "vlrelu", "sigmoid", "maxout"}
+    diverging = top1.isna().stack()
+    assert {*diverging.index[diverging]} == {("gaussian", "maxout"), ("he", "maxout")}
     block = (ROOT / "results" / "tables" / "small_images.md").read_text().partition("FitNet4")[2].partition("- rule")[0]
     rows = [row for row in block.splitlines() if row.startswith("| `")]
     assert len(rows) == 1 + len(top1)
@@ -515,19 +516,42 @@ def test_small_images_are_those_of_the_records():
     assert not converges["sigmoid"].any()
     assert converges[["tanh", "vlrelu"]].all(axis=None)
     assert {*converges.index[~converges["relu"].astype(bool)]} == {plain, "xavier"}
-    relu, vlrelu, tanh = (top1[name].to_dict() for name in ("relu", "vlrelu", "tanh"))
+    assert {*converges.index[~converges["maxout"].astype(bool)]} == {"gaussian", "he"}
+    relu, vlrelu, tanh, maxout = (top1[name].to_dict() for name in ("relu", "vlrelu", "tanh", "maxout"))
     ahead = [  # what the page says of them
         *((relu, ours, other) for ours in ("gaussian", "kmeans") for other in ("lsuv", "he", "xavier", plain)),
         *((vlrelu, "gaussian", other) for other in ("lsuv", "he", "xavier", plain)),
         *((tanh, other, ours) for ours in ("gaussian", "kmeans") for other in ("lsuv", "he", "xavier", plain)),
         *((relu, "lsuv", "he"), (relu, "lsuv", "xavier"), (vlrelu, "lsuv", "xavier"), (tanh, "xavier", "lsuv")),
+        *((maxout, "kmeans", other) for other in ("lsuv", "xavier", plain)),
+        *((maxout, "lsuv", "xavier"), (maxout, plain, "xavier")),
         *((relu, "he", plain), (vlrelu, "he", plain), (relu, "lsuv", plain), (vlrelu, "lsuv", plain)),
     ]
     assert all(found[one] - found[other] >= 1.4 for found, one, other in ahead)
-    level = [(vlrelu, "lsuv", "he"), (vlrelu, "kmeans", "lsuv"), (tanh, "lsuv", plain)]
+    level = [(vlrelu, "lsuv", "he"), (vlrelu, "kmeans", "lsuv"), (tanh, "lsuv", plain), (maxout, "lsuv", plain)]
     assert all(abs(found[one] - found[other]) < 1.4 for found, one, other in level)
-    assert {epochs[name].idxmin() for name in ("relu", "vlrelu")} == {"kmeans"}
+    assert {epochs[name].idxmin() for name in ("relu", "vlrelu", "maxout")} == {"kmeans"}
     assert f"k-means comes to {top1['sigmoid']['kmeans']:.1f} % with sigmoid" in page
+
+
+def test_why_ours_diverges_with_maxout():
+    page = " ".join((ROOT / "docs" / "lsuv.md").read_text().split())
+    found = {}
+    for path in (ROOT / "results" / "runs" / "small_images").glob("mini-*/record.json"):
+        record = json.loads(path.read_text())
+        if record["config"]["model"]["activation"] == "maxout" and record["init_report"] is not None:
+            rates = [layer["rate_after"] for layer in record["init_report"]["layers"]]
+            found[record["config"]["init"].get("filters")] = rates, record
+    (gaussian, record), (kmeans, _) = found["gaussian"], found["kmeans"]
+    assert "nan at step 50 " in record["diverged"]
+    spans = [f"{min(rates):.1f} to {max(rates):.1f}" for rates in (gaussian, kmeans)]
+    assert "its change rates are {} there, those of k-means {}.".format(*spans) in page
+    folder = "results/causes/fitnet-maxout-gaussian-seed0-bd464014"
+    slower = json.loads((ROOT / folder / "record.json").read_text())
+    assert slower["converges"]["holds"]
+    assert slower["config"]["optimizer"]["lr"] == 0.003
+    assert slower["config"]["train"]["iterations"] * 3 == record["config"]["train"]["iterations"]
+    assert f"it trains, to {100 * slower['metrics']['top1']:.1f} % after a third of the iterations (`{folder}`)" in page
 
 
 def test_lsuv_on_imagenet_is_that_of_the_records():
