@@ -66,11 +66,18 @@ def report_of(folders: list[Path], paths: list[Path]) -> dict[str, str]:
 def blocks_of(experiment: str, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """What the page shows of each protocol of an experiment: its runs, values per class, curves and change rates."""
     metric = METRICS[experiment]
-    for protocol, records in by_protocol(read_records(paths, experiment, {metric: metric})).items():
-        if records.empty:
-            continue
+    every = read_records(paths, experiment, {})
+    if every.empty:
+        return
+    diverged = every[[bool(record.get("diverged")) for record in every["record"]]]
+    for protocol, records in by_protocol(
+        pd.concat([read_records(paths, experiment, {metric: metric}), diverged])
+    ).items():
         block = by_initialization(records).sort_values(["init", "seed", "path"])
         runs = [about(row, metric) for _, row in block.iterrows()]
+        block = block[block[metric].notna()]
+        if block.empty:
+            continue
         title = f"{experiment}, {protocol}"
         yield {
             "title": title,
@@ -90,7 +97,7 @@ def about(row: pd.Series, metric: str) -> dict[str, Any]:
         "name": Path(row["path"]).parent.name,
         "init": row["init"],
         "seed": row["seed"],
-        "value": row[metric],
+        "value": None if pd.isna(row[metric]) else row[metric],  # of one that diverged
         "minutes": sum(times.values()) / 60,
         **{name: row[name] for name in ("device", "versions", "commit")},
         "command": command(row["config"]),

@@ -126,3 +126,7 @@ def test_the_committed_page_is_of_the_committed_records():
     text = (ROOT / "results" / "report.html").read_text()
     names = {path.parent.name for path in find_records([RUNS]) if path.parent.parent.name in make_report.METRICS}
     assert {*re.findall(r"<tr><td>((?:mini|paper|demo|none)-[\w-]+)</td>", text)} == names, "run scripts/make_report.py"
+    records = {path.parent.name: json.loads(path.read_text()) for path in RUNS.glob("*/*/record.json")}
+    diverged = {name for name in names if records[name].get("diverged")}
+    cells = r"<tr><td>([\w-]+)</td><td><code>[^<]*</code></td><td[^>]*>\d+</td><td>diverged</td>"
+    assert {*re.findall(cells, text)} == diverged
