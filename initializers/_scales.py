@@ -174,7 +174,8 @@ class Scales:
         factors = torch.arange(0, -MAX_EXPONENT, -1, dtype=torch.float64).exp2().unsqueeze(1)
         for norm in self.norms:
             if norm.variance is not None:
-                variance, total = _scaled_variance(norm.variance, norm.eps, factors)
+                total = _scaled_total(norm.variance, norm.eps, factors)
+                variance = _without(total, norm.eps, norm.variance.dtype)
                 exact = (variance + norm.eps == total).cumprod(0).sum(0).cpu()
                 least = (1.0 - exact).clamp_max(0).to(floors)
                 floors.scatter_reduce_(0, norm.incoming.expand_as(least), least, "amax")
@@ -297,13 +298,14 @@ def _scale_norm(norm: Norm, u: Tensor) -> None:
     incoming, outgoing = _exp(u[norm.incoming]), _exp(u[norm.output]).item()
     correction: float | Tensor = 1.0
     if norm.mean is not None and norm.variance is not None:
-        eps = after = norm.eps if norm.weight is not None else norm.module.eps
-        if norm.weight is None and (_scaled_variance(norm.variance, eps, incoming)[1] < eps).any():
-            after = norm.module.eps = eps * incoming.min().square().item()
-        variance, total = _scaled_variance(norm.variance, eps, incoming, after)
+        eps = norm.eps if norm.weight is not None else norm.module.eps
+        total = _scaled_total(norm.variance, eps, incoming)
+        if norm.weight is None and (total < eps).any():
+            eps = norm.module.eps = eps * incoming.min().square().item()
+        variance = _without(total, eps, norm.variance.dtype)
         norm.mean.copy_(norm.mean * incoming.to(total))
         norm.variance.copy_(variance)
-        correction = ((variance + after) / total).sqrt()
+        correction = ((variance + eps) / total).sqrt()
     elif norm.module is not None:
         norm.module.eps *= _exp(2 * u[norm.incoming[0]]).item()
     if norm.weight is not None:
@@ -312,17 +314,17 @@ def _scale_norm(norm: Norm, u: Tensor) -> None:
         norm.bias.mul_(outgoing)
 
 
-def _scaled_variance(variance: Tensor, eps: float, factor: Tensor, after: float | None = None) -> tuple[Tensor, Tensor]:
-    """The running variance v' of BatchNorm for an input that is `factor` times larger, and what v' + eps ought to be.
+def _scaled_total(variance: Tensor, eps: float, factor: Tensor) -> Tensor:
+    """What the running variance and eps of a BatchNorm ought to be together for an input `factor` times larger.
 
-    Both in the shape that the factor and the running variance have together; v' in the latter's dtype.
-
-    Args:
-        after: what eps is then, if it is another.
+    In the shape that the factor and the running variance have together.
     """
     factor = factor.to(variance.device, torch.promote_types(variance.dtype, torch.float32))
-    total = factor**2 * (variance.to(factor.dtype) + eps)
-    after = eps if after is None else after
-    scaled = (total - after).clamp_min(0).to(variance.dtype)
+    return factor**2 * (variance.to(factor.dtype) + eps)
+
+
+def _without(total: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The running variance v, not negative, for which v + eps is the nearest to the total."""
+    variance = (total - eps).clamp_min(0).to(dtype)
     # One step of refinement: rounding would otherwise show in networks that amplify it.
-    return scaled.add_(total - (scaled + after)).clamp_(min=0), total
+    return variance.add_(total - (variance + eps)).clamp_(min=0)
