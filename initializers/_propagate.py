@@ -316,7 +316,7 @@ class _Propagation(Labels):
 
     def _choose(self, operation: Operation, condition, one, other) -> list[Tensor]:
         self._pin(self._of(condition))
-        return [self._merge(self._of(one), self._of(other)).expand(self._shape(operation))]
+        return self._join(operation, one, other)
 
     def _lerp(self, operation: Operation) -> list[Tensor]:
         names = ("input", "end", "weight")
@@ -373,10 +373,15 @@ class _Propagation(Labels):
 
     def _add(self, operation: Operation) -> list[Tensor]:
         one, other = _given(operation, ("input", "other"), ("input", "other"))
-        for x, constant in ((one, other), (other, one)):
-            if not self._varies(constant) and bool((self._of(constant) == PINNED).any() & (self._of(x) > PINNED).any()):
+        return self._join(operation, one, other)
+
+    def _join(self, operation: Operation, one, other) -> list[Tensor]:
+        """What two values that come together give: they have one scale."""
+        labels = self._of(one), self._of(other)
+        for leaf, (constant, x) in ((one, labels), (other, labels[::-1])):
+            if not self._varies(leaf) and bool((constant == PINNED).any() & (x > PINNED).any()):
                 self.scales.pinned_by.add(f"{_canonical(operation.name)} of a constant")
-        return [self._merge(self._of(one), self._of(other)).expand(self._shape(operation))]
+        return [self._merge(*labels).expand(self._shape(operation))]
 
     def _multiply(self, operation: Operation) -> list[Tensor] | None:
         one, other = _given(operation, ("input", "other"), ("input", "other"))

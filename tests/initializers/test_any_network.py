@@ -1230,19 +1230,27 @@ def test_an_expert_that_few_images_reach(images, reached, filters):
     assert report.output_change < 1e-5
 
 
-def test_the_report_names_constants_that_hold_the_rates(images):
+CONSTANTS = {
+    "add of a constant": lambda x: 1 + x,
+    "masked_fill of a constant": lambda x: x.masked_fill(x > 0, 1.0),
+    "where of a constant": lambda x: torch.where(x > 0, x, torch.ones(8)),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_the_report_names_constants_that_hold_the_rates(images, name):
     class Modulated(nn.Module):
-        """Its factors are 1 and what a layer adds."""
+        """Its factors are constants and what a layer adds."""
 
         def __init__(self):
             super().__init__()
             self.conv, self.factors, self.head = nn.Conv2d(3, 8, 3), nn.Linear(3, 8), nn.Linear(8, 500)
 
         def forward(self, x):
-            factors = 1 + self.factors(x.mean((2, 3)))
+            factors = CONSTANTS[name](self.factors(x.mean((2, 3))))
             return self.head((self.conv(x) * factors[:, :, None, None]).relu().sum((2, 3)))
 
     torch.manual_seed(0)
     report = initialize(Modulated(), images, "gaussian")
     assert report.spread_after > 2
-    assert report.held_by == ["add of a constant"]
+    assert report.held_by == [name]
