@@ -73,13 +73,10 @@ def _unchanged_on_error(model: nn.Module, seed: int, training: bool) -> Iterator
     flags = [(module, module.training) for module in model.modules()]
     restore = snapshot(model)
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
-    arithmetic = [(backend, name, getattr(backend, name)) for backend, name, _ in ARITHMETIC]
     for module in model.modules():  # by the flag alone: `train()` of some models merges adapters into weights
         normalises = getattr(module, "running_mean", None) is not None
         module.training = isinstance(module, nn.modules.dropout._DropoutNd) or (training and not normalises)
     try:
-        for backend, name, value in ARITHMETIC:
-            setattr(backend, name, value)
         with _plain_modes(model), torch.random.fork_rng(devices=list(devices)), unnormalised(model):
             torch.manual_seed(seed)  # of dropout, and of models that draw random numbers even in evaluation mode
             yield
@@ -90,8 +87,6 @@ def _unchanged_on_error(model: nn.Module, seed: int, training: bool) -> Iterator
         _values.clear()
         for module, flag in flags:
             module.training = flag
-        for backend, name, value in arithmetic:
-            setattr(backend, name, value)
 
 
 def _check_parameter(name: str, parameter: Tensor) -> None:
@@ -140,7 +135,12 @@ def forked_random(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _plain_modes(model: nn.Module) -> Iterator[None]:
-    """None of the modes that a caller may be in: inference, autocast, a default device without memory, compilation."""
+    """None of the modes that a caller may be in: inference, autocast, a default device without memory, compilation.
+
+    Functions that are scripted or traced run as they are written, as those that are compiled. Attention computes as in
+    training: its faster way in evaluation is chosen by the values of a padding mask. Distributions do not look whether
+    their parameters are valid, by which values would decide what happens next.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -149,9 +149,14 @@ def _plain_modes(model: nn.Module) -> Iterator[None]:
         if torch.get_default_device().type == "meta" and tensors:
             stack.enter_context(tensors[0].device)
         stack.enter_context(_no_checkpoints())
-        stack.enter_context(_no_validation())
-        stack.enter_context(_no_fast_path())
-        stack.enter_context(_no_scripted_functions())
+        for owner, name, value in (
+            *ARITHMETIC,
+            (torch.distributions.Distribution, "_validate_args", False),
+            (torch.jit.ScriptFunction, "__call__", _as_written(torch.jit.ScriptFunction.__call__)),
+        ):
+            stack.enter_context(_replaced(owner, name, value))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         if "torch._dynamo" in sys.modules:  # which is slow to import, and nothing is compiled without it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -169,43 +174,24 @@ def _no_checkpoints() -> Iterator[None]:
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Attention computes as in training: its faster way in evaluation is chosen by the values of a padding mask."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute has another value inside."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        setattr(owner, name, before)
 
 
-@contextmanager
-def _no_scripted_functions() -> Iterator[None]:
-    """Functions that are scripted or traced run as they are written, as those that are compiled."""
-    function: Any = torch.jit.ScriptFunction
-    before = function.__call__
+def _as_written(call: Callable) -> Callable:
+    """How a scripted or traced function is called that runs what it was made from; `call` where that is not known."""
 
-    def call(self, *args, **kwargs):
-        written = getattr(self, "_torchdynamo_inline", None)  # none where it was loaded from a file
-        return before(self, *args, **kwargs) if written is None else written(*args, **kwargs)
+    def run(function, *args, **kwargs):
+        written = getattr(function, "_torchdynamo_inline", None)  # none where it was loaded from a file
+        return call(function, *args, **kwargs) if written is None else written(*args, **kwargs)
 
-    function.__call__ = call
-    try:
-        yield
-    finally:
-        function.__call__ = before
-
-
-@contextmanager
-def _no_validation() -> Iterator[None]:
-    """Distributions do not look whether their parameters are valid, by which values would decide what happens next."""
-    distribution = torch.distributions.Distribution
-    before = distribution._validate_args
-    distribution._validate_args = False
-    try:
-        yield
-    finally:
-        distribution._validate_args = before
+    return run
 
 
 def scripted(model: nn.Module) -> Iterator[nn.Module]:
