@@ -66,13 +66,9 @@ def report_of(folders: list[Path], paths: list[Path]) -> dict[str, str]:
 def blocks_of(experiment: str, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """What the page shows of each protocol of an experiment: its runs, values per class, curves and change rates."""
     metric = METRICS[experiment]
-    every = read_records(paths, experiment, {})
-    if every.empty:
-        return
-    diverged = every[[bool(record.get("diverged")) for record in every["record"]]]
-    for protocol, records in by_protocol(
-        pd.concat([read_records(paths, experiment, {metric: metric}), diverged])
-    ).items():
+    for protocol, records in by_protocol(read_records(paths, experiment, {metric: metric}, diverged=True)).items():
+        if records.empty:
+            continue
         block = by_initialization(records).sort_values(["init", "seed", "path"])
         runs = [about(row, metric) for _, row in block.iterrows()]
         block = block[block[metric].notna()]

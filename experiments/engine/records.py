@@ -93,19 +93,24 @@ def unfinished(folders: Sequence[Path]) -> list[Path]:
     return sorted(path for path in parents if has_checkpoint(path) and not find_records([path]))
 
 
-def read_records(paths: Sequence[Path], experiment: str, metrics: Mapping[str, str]) -> pd.DataFrame:
+def read_records(
+    paths: Sequence[Path], experiment: str, metrics: Mapping[str, str], diverged: bool = False
+) -> pd.DataFrame:
     """One row per record of `experiment`; `config` is its configuration, the columns `config.*` hold it as text.
 
     Args:
         metrics: names of shares between 0 and 1 that the records hold; they become percentages. With any, records of
             trainings that diverged are left out, which have none.
+        diverged: keep these, with NaN.
 
     Raises:
         ValueError: a file that is no result record.
         OSError: one that cannot be read.
     """
     records = ((path, record) for path in paths if (record := _load(path))["experiment"] == experiment)
-    rows = [_row(path, record, metrics) for path, record in records if not (metrics and record.get("diverged"))]
+    rows = [
+        _row(path, record, metrics) for path, record in records if diverged or not (metrics and record.get("diverged"))
+    ]
     return pd.DataFrame(rows)
 
 
@@ -145,7 +150,7 @@ def _row(path: Path, record: dict, metrics: Mapping[str, str]) -> dict[str, Any]
         row["device"] = record["device"] + ", TF32" * (config.get("tf32") is True)
         row["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         row["commit"] = (record["git_commit"] or "unknown")[:10] + " with changes" * bool(record["git_dirty"])
-        row |= {name: _percent(record, name) for name in metrics}
+        row |= {name: np.nan if record.get("diverged") else _percent(record, name) for name in metrics}
         return row | USUAL | {f"config.{name}": str(value) for name, value in flat(config)}
     except ValidationError as error:
         first = error.errors()[0]
