@@ -96,7 +96,7 @@ def slow(handler, data, start):
 
 def continues(handler, data, start):
     with contextlib.suppress(OSError):
-        while True:
+        while not handler.server.ended.is_set():
             handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
@@ -162,12 +162,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def trickle(self, data, pause=0.02):
-        """A byte at a time, until the client hangs up."""
+        """A byte at a time, until the client hangs up or the test ends."""
         with contextlib.suppress(OSError):
             for byte in data:
                 self.wfile.write(bytes([byte]))
                 self.wfile.flush()
-                time.sleep(pause)
+                if self.server.ended.wait(pause):
+                    return
 
     def log_message(self, *arguments):
         pass
@@ -177,6 +178,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(archives, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.archives, server.requests = archives, []
+        server.ended = threading.Event()  # a client that was given up reads on until its mirror ends
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
 
@@ -190,6 +192,7 @@ def server(archives, monkeypatch):
         monkeypatch.setattr(module, "LEAST", 20_000)
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         yield server
+        server.ended.set()
         server.shutdown()
         thread.join()
 
