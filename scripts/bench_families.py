@@ -71,39 +71,53 @@ def networks_of_timm() -> list[list[str]]:
     return [*modules.values()]
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, **options) -> nn.Module:
     """A network with random weights, as its constructor makes it, in evaluation mode and without dropout.
 
     Dropout is active while a network is initialized, and would hide in noise what is looked at here.
+
+    Args:
+        options: keyword arguments of the constructor of a network of timm.
     """
     torch.manual_seed(SEED)
-    model = _made(name).eval()
+    model = _made(name, **options).eval()
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
     return model
 
 
-def _made(name: str) -> nn.Module:
+def _made(name: str, **options) -> nn.Module:
     if name.startswith(TIMM):
         import timm
 
-        return timm.create_model(name.removeprefix(TIMM))
+        return timm.create_model(name.removeprefix(TIMM), **options)
     # Drawing truncated normals takes these two a minute, for weights that are replaced.
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
     if name in LARGE_VITS:
         options["image_size"] = image_size(name)
     return torchvision.models.get_model(name, weights=None, **options)
 
 
 @torch.no_grad()
-def smallest_size(model: nn.Module) -> int:
-    """Pixels of the side of the images for a network of timm: the smallest of a few that it takes."""
+def build_small(name: str) -> tuple[nn.Module, int]:
+    """A network of timm, and the side in pixels of the images for it.
+
+    The smallest of a few that it takes; where it takes its own size only, as a ViT does, the smallest of a few that it
+    can be made for.
+    """
+    model = build(name)
     for size in (64, 96, 128):
         with contextlib.suppress(Exception):  # whatever it does not like
             model(torch.zeros(2, 3, size, size))
-            return size
-    return model.default_cfg["input_size"][-1]
+            return model, size
+    for size in (96, 128, 160, 192):
+        with contextlib.suppress(Exception):
+            made = build(name, img_size=size)
+            made(torch.zeros(2, 3, size, size))
+            return made, size
+    return model, model.default_cfg["input_size"][-1]
 
 
 def image_size(name: str) -> int:
@@ -241,11 +255,11 @@ def bench(name: str) -> dict:
     """The record of one network."""
     record = {"filters": {}}
     for filters in FILTERS_OF_TIMM if name.startswith(TIMM) else FILTERS:
-        model = build(name)
         if name.startswith(TIMM):
-            record |= {"size": smallest_size(model), "module": type(model).__module__.rpartition(".")[2]}
+            model, record["size"] = build_small(name)
+            record["module"] = type(model).__module__.rpartition(".")[2]
         else:
-            record["size"] = image_size(name)
+            model, record["size"] = build(name), image_size(name)
         record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         few = name.startswith(TIMM) or record["parameters"] > LARGE or record["size"] > 100
         record["images"] = FEW if few else IMAGES

@@ -79,3 +79,30 @@ def test_it_goes_on_where_it_was_killed(study):
     after = study("timm/one", "timm/two")
     assert after[0] == lines[0]
     assert json.loads(after[-1])["network"] == "timm/two"
+
+
+@pytest.mark.parametrize(("sizes", "used"), [((64, 224), 64), ((96, 224), 96), ((224,), 224)])
+@pytest.mark.parametrize("constructor_takes_size", [True, False])
+def test_images_are_as_small_as_the_network_takes(monkeypatch, sizes, used, constructor_takes_size):
+    class Fixed(nn.Module):
+        """Takes images of one size, as a ViT does, or of some."""
+
+        def __init__(self, sizes):
+            super().__init__()
+            self.sizes, self.default_cfg = sizes, {"input_size": (3, 224, 224)}
+
+        def forward(self, x):
+            if x.shape[-1] not in self.sizes:
+                raise RuntimeError("size")
+            return x.mean((-2, -1))
+
+    def build(name, **options):
+        if options and not constructor_takes_size:
+            raise TypeError("img_size")
+        return Fixed((options["img_size"],) if options else sizes)
+
+    monkeypatch.setattr(bench_families, "build", build)
+    model, size = bench_families.build_small("timm/any")
+    made = constructor_takes_size and sizes == (224,)
+    assert size == (96 if made else used)
+    assert model(torch.zeros(2, 3, size, size)).shape == (2, 3)
