@@ -220,10 +220,13 @@ def whitening_matrix(patches: Tensor, components: int, exact: bool = True) -> Te
         (groups, patch, components), the leading first, at most as many as the patch has dimensions; columns are zero
         where the patches do not vary.
     """
-    covariance = _gram(patches) / patches.shape[1]
+    few = patches.shape[1] < patches.shape[2]  # X X' is smaller than X' X then, and has the same eigenvalues
+    covariance = _gram(patches.mT if few else patches) / patches.shape[1]
     leading = None if exact else _leading(covariance, components)
-    values, vectors = leading or _eigh(covariance)
-    return (vectors * _inverse_sqrt(values).unsqueeze(1))[:, :, :components]
+    values, vectors = (part[..., :components] for part in leading or _eigh(covariance))
+    if few:
+        vectors = F.normalize(patches.mT @ vectors, dim=1)
+    return vectors * _inverse_sqrt(values).unsqueeze(1)
 
 
 def _gram(points: Tensor) -> Tensor:

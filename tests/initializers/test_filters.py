@@ -557,3 +557,27 @@ def test_few_patches_whiten_others_like_them_too(kind):
     filters = blocks.flatten(2)[0]
     known, unknown = ((y @ filters.T).std(0) for y in (x[:33], others))
     assert (unknown / known).max() < 1.5
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("count", "dimension"), [(40, 100), (99, 100), (100, 100), (300, 700), (1200, 1300)])
+def test_fewer_patches_than_dimensions(count, dimension, exact):
+    """The leading directions of their covariance, found from their products with one another."""
+    groups, components = 2, count // 4
+    points = torch.randn(groups, count, dimension, generator=generator(), dtype=torch.float64)
+    points *= torch.linspace(1, 0.1, dimension, dtype=torch.float64)
+    points -= points.mean(1, keepdim=True)
+    values, vectors = (part.flip(-1)[..., :components] for part in torch.linalg.eigh(points.mT @ points / count))
+    found = whitening_matrix(points.float(), components, exact).double()
+    torch.testing.assert_close(found @ found.mT, (vectors / values.unsqueeze(1)) @ vectors.mT, atol=1e-3, rtol=1e-3)
+    lengths = torch.linalg.vector_norm(found, dim=1)
+    torch.testing.assert_close(lengths, values.rsqrt(), atol=0, rtol=1e-3)
+
+
+def test_patches_in_a_few_directions_are_whitened_in_these_alone():
+    points = torch.randn(1, 50, 4, generator=generator()) @ torch.randn(4, 200, generator=generator())
+    points -= points.mean(1, keepdim=True)
+    whitening = whitening_matrix(points, 10)
+    assert whitening.shape == (1, 200, 10)
+    assert not whitening[:, :, 4:].any()
+    torch.testing.assert_close((points @ whitening)[0].std(0, correction=0)[:4], torch.ones(4), atol=1e-4, rtol=0)
