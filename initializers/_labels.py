@@ -31,10 +31,16 @@ class Labels:
     def _label(self, operation: Operation, found: list[Tensor]) -> None:
         """Give the outputs of an operation their labels."""
         for index, labels in zip(operation.outputs, found, strict=True):
-            if index in operation.inputs and labels.shape == self._of(Ref(index)).shape:  # in place
+            in_place = index in operation.inputs and labels.shape == self._of(Ref(index)).shape
+            if in_place and self._seen_later(index):
                 self._overwrite(index, labels)
             else:
                 self.labels[index] = compact(labels)
+
+    def _seen_later(self, index: int) -> list[int]:
+        """Other values that change with one that is changed in place, and are used after that."""
+        found = [other for other in self.graph.aliases(index) if other in self.labels and other != index]
+        return [other for other in found if self.last_uses.get(other, -1) > self.position]
 
     def _shape(self, operation: Operation) -> torch.Size:
         return self.graph.shapes[operation.outputs[0]]
@@ -107,8 +113,7 @@ class Labels:
         """Change a value in place; what was zero is so no longer, in all that shares its memory and is used later."""
         before = self._of(Ref(index))
         if ((before == ZERO) & (labels != ZERO)).any():
-            found = [other for other in self.graph.aliases(index) if other in self.labels and other != index]
-            later = [other for other in found if self.last_uses.get(other, -1) > self.position]
+            later = self._seen_later(index)
             for alias in [index, *later] if later else []:
                 self.labels[alias] = torch.where(self.labels[alias] == ZERO, PINNED, self.labels[alias])
                 self.scales.pinned_by.add("memory that is written through a view")

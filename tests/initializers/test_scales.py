@@ -370,6 +370,19 @@ def in_place(m, x):
     return y
 
 
+def squared(x):
+    x *= x
+    return x
+
+
+def product_seen(m, x):
+    """What changes in place is used by an earlier name, too."""
+    y = m.a(x)
+    half = y[:, :2]
+    y.mul_(m.b(x))
+    return m.wide(cat(y, half, half))
+
+
 def slices_in_place(m, x):
     y = m.a(x)
     y[:, :2] += x[:, :2]
@@ -449,7 +462,11 @@ NETWORKS = {
     "gate": (squeeze_and_excitation, 3),
     "layer scale": (lambda m, x: x + m.gain * m.a(x), 2),
     "layer scale in the chain": (lambda m, x: m.a(x * m.gain), 3),
-    "layer scale in place": (lambda m, x: m.a(x.mul_(m.gain)), 2),
+    "layer scale in place": (lambda m, x: m.a(x.mul_(m.gain)), 3),
+    "product in place": (lambda m, x: m.c(m.a(x).mul_(m.b(x))), 4),
+    "square in place": (lambda m, x: m.b(squared(m.a(x))), 3),
+    "gate in place": (lambda m, x: m.c(m.a(x).sigmoid().mul_(m.b(x))), 3),
+    "product in place, seen through a view": (product_seen, 3),
     "layer scale of concatenation": (
         lambda m, x: m.wide(cat(x, m.a(x)) * m.part), 4, {"part": lambda: nn.Parameter(torch.ones(8, 1, 1))}),
     "layer scale, viewed": (lambda m, x: m.a(x * m.gain.view(4, 1, 1)), 3),
