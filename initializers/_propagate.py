@@ -176,10 +176,14 @@ class _Propagation(Labels):
     def _unknown(self, operation: Operation) -> list[Tensor]:
         for index in operation.inputs:
             labels = self._of(Ref(index))
-            if (labels > PINNED).any():
-                self.scales.pinned_by.add(_canonical(operation.name).strip("_"))
+            self._hold(labels, operation)
             self._pin(labels)
         return [full(PINNED, self.graph.shapes[index]) for index in operation.outputs]
+
+    def _hold(self, labels: Tensor, operation: Operation, how: str = "") -> None:
+        """Name an operation that gives one scale whatever it takes, where it takes what could have another."""
+        if (labels > PINNED).any():
+            self.scales.pinned_by.add(_canonical(operation.name).strip("_") + how)
 
     def _make(self, operation: Operation) -> list[Tensor]:
         return [full(ZERO if _canonical(operation.name) in _BLANK else PINNED, self._shape(operation))]
@@ -417,6 +421,7 @@ class _Propagation(Labels):
         """Divided by its norm, so that no scale goes out."""
         labels = self._of(operation.args[0])
         self._uniform(labels, range(labels.ndim))
+        self._hold(labels, operation)
         return [full(PINNED, self._shape(operation))]
 
     def _gain(self, operation: Operation, x, parameter: Tensor) -> list[Tensor]:
@@ -550,6 +555,8 @@ class _Propagation(Labels):
         known = self.norms.setdefault(tuple(map(id, parts)), norm)
         if known is norm:
             norm.output = self.scales.new() if norm.weight is not None else PINNED
+            if norm.weight is None:
+                self._hold(norm.incoming, operation, " without weights")
             self.scales.norms.append(norm)
         else:  # the same parameters: the same scales
             self._merge(norm.incoming.float(), known.incoming.float())

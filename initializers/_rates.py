@@ -4,7 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial, reduce, wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ IMAGES_AT_A_TIME = 16  # bounds the activations kept for the backward pass
 FAINT = 1e-5  # of the largest rate: one below may be of gradients that are rounding
 LINEAR = 0.1  # relative difference up to which a gradient is linear in the top gradient
 
+Result = TypeVar("Result")
 Use = tuple[Call, Tensor, Tensor]  # of a layer, with its input and the gradient of its output
 
 
@@ -122,6 +124,28 @@ class Measurement:
         return Rates({name: _rate(gradient, self.weights[name].mean()) for name, gradient in gradients.items()})
 
 
+class _GradientFails(InitializationError):
+    """The gradient of the output cannot be taken."""
+
+
+def _whatever_is_overwritten(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """Where a gradient fails, try again and keep copies of what it needs and the model overwrites.
+
+    `torch.exp(x).add_(y)` is an example; half as much time again is what the copies take.
+    """
+
+    @wraps(compute)
+    def tried_twice(*args, **kwargs) -> Result:
+        try:
+            return compute(*args, **kwargs)
+        except _GradientFails:
+            with torch.autograd.graph.allow_mutation_on_saved_tensors():
+                return compute(*args, **kwargs)
+
+    return tried_twice
+
+
+@_whatever_is_overwritten
 def measure(
     layers: Layers,
     inputs: tuple[Tensor, ...],
@@ -210,6 +234,7 @@ def usable_rates(
     return measurement
 
 
+@_whatever_is_overwritten
 def _rounding(layers: Layers, inputs: tuple[Tensor, ...], names: list[str], seed: int) -> list[str]:
     """Of some layers those whose gradients are rounding of what cancels out, as before a softmax over equal values.
 
@@ -315,7 +340,7 @@ class _Gradients:
                 torch.autograd.grad(top, self.start, noise, allow_unused=True, retain_graph=keep)
         except RuntimeError as error:
             message = f"change rates need the gradient of the model's output, which fails: {error}; pass between=False"
-            raise InitializationError(message) from error
+            raise _GradientFails(message) from error
         finally:
             self.arrived = id  # which does nothing, and holds no tensor of the graph
         return found | {name: compute(uses[0][0].layer, uses) for name, uses in waiting.items()}

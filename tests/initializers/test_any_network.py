@@ -1254,3 +1254,64 @@ def test_the_report_names_constants_that_hold_the_rates(images, name):
     report = initialize(Modulated(), images, "gaussian")
     assert report.spread_after > 2
     assert report.held_by == [name]
+
+
+WITHOUT_WEIGHTS = {
+    "batch_norm without weights": nn.BatchNorm2d(8, affine=False),
+    "group_norm without weights": nn.GroupNorm(2, 8, affine=False),
+    "instance_norm without weights": nn.InstanceNorm2d(8),
+    "layer_norm without weights": nn.LayerNorm((14, 14), elementwise_affine=False),
+    "normalize": nn.functional.normalize,
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_WEIGHTS)
+def test_the_report_names_what_gives_one_scale_whatever_it_takes(images, name):
+    class Residual(nn.Module):
+        """A shortcut holds the scale of its layer, as what it is added to has one scale."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.shortcut = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+            self.norm, self.head = WITHOUT_WEIGHTS[name], nn.Linear(8, 500)
+
+        def forward(self, x):
+            return self.head((self.norm(self.conv(x)) + self.shortcut(x)).relu().sum((2, 3)))
+
+    torch.manual_seed(0)
+    report = initialize(Residual(), images, "gaussian")
+    assert report.spread_after > 2
+    assert report.held_by == [name]
+    assert f"parts that are not homogeneous ({name})" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("overwriting", "plain"),
+    [
+        (lambda x, y: (0.5 * x).exp().add_(y), lambda x, y: (0.5 * x).exp() + y),
+        (lambda x, y: x.sigmoid().mul_(y), lambda x, y: x.sigmoid() * y),
+        (lambda x, y: (x * y).add_(x.mul_(2)), lambda x, y: x * y + 2 * x),
+    ],
+    ids=["exp", "sigmoid", "product"],
+)
+def test_values_that_are_overwritten_though_gradients_need_them(overwriting, plain):
+    class Two(nn.Module):
+        def __init__(self, join):
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.other, self.head, self.join = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 20), join
+
+        def forward(self, x):
+            return self.head(self.join(self.one(x), self.other(x)))
+
+    images = torch.randn(24, 12, generator=torch.Generator().manual_seed(0))
+    models, measured = [Two(overwriting), Two(plain)], []
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        models[0](images).sum().backward()
+    for model in models:
+        reports = initialize(model, images), initialize(model, images, nonhomogeneous="scale")
+        assert reports[0].output_change < 1e-5
+        assert reports[1].spread_after < 1.01
+        rates = [row.rate_after for row in reports[0].layers]
+        measured.append([*rates, *change_rate(model, images).mean.values()])
+    torch.testing.assert_close(*map(torch.tensor, measured))
