@@ -121,7 +121,7 @@ class Labels:
 
     def _product(self, one: Tensor, other: Tensor, power: int = 1) -> Tensor:
         """Labels of a product, whose scale is the product of scales: of the first and of a power of the second."""
-        one, other = torch.broadcast_tensors(one, other)
+        one, other = torch.broadcast_tensors(compact(one), compact(other))
         shape = one.shape
         one, other = _without_repeats(one, other)
         pairs, where = torch.stack([one.flatten(), other.flatten()]).unique(dim=1, return_inverse=True)

@@ -392,8 +392,8 @@ def outputs_of(
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         shapes = ", ".join(str(tuple(image.shape)) for image in inputs[:4]) + ", ..." * (len(inputs) > 4)
-        hint = "; pass the images alone, if the rest are targets" if positional > 1 else ""
-        raise RejectedError(f"the model rejects images of shape {shapes}: {error}{hint}") from error
+        hint = "; pass the images alone, if the rest are targets, and images of one length, if they are lengths"
+        raise RejectedError(f"the model rejects images of shape {shapes}: {error}{hint * (positional > 1)}") from error
     count = len(inputs[0])
     found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
     outputs = [tensor for tensor in found if tensor.ndim and len(tensor) == count]
@@ -421,8 +421,8 @@ def in_parts(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...
         if not _takes(model, inputs, names):
             raise
         raise InitializationError(
-            f"the model takes all {len(inputs[0])} rows together and not some of them: where they are one thing, such "
-            "as the nodes of a graph, they are one image: pass x[None], and a module whose forward is "
+            f"the model takes all {len(inputs[0])} rows together and not some of them ({error}): where they are one "
+            "thing, such as the nodes of a graph, they are one image: pass x[None], and a module whose forward is "
             "torch.stack([model(one) for one in x])"
         ) from error
 

@@ -474,6 +474,7 @@ class _Propagation(Labels):
             one, other = (self._uniform(labels, (-2, -1)) for labels in products)
             products = [self._product(one, other)]
         for labels in (*products, *([self._of(mask)] if isinstance(mask, Ref) else [])):
+            self._hold(labels, operation)
             self._pin(labels)
         return [self._uniform(self._of(value), (-2,)).expand(self._shape(operation))]
 

@@ -1285,6 +1285,45 @@ def test_the_report_names_what_gives_one_scale_whatever_it_takes(images, name):
     assert f"parts that are not homogeneous ({name})" in str(report)
 
 
+def test_the_report_names_attention_that_holds_the_rates():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.qkv, self.out, self.head = (
+                nn.Linear(*size) for size in ((6, 8), (8, 24), (8, 8), (8, 300))
+            )
+
+        def forward(self, x):
+            x = self.embed(x)
+            x = x + self.out(nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1)))
+            return self.head(x.mean(1))
+
+    torch.manual_seed(0)
+    report = initialize(Block(), torch.randn(20, 5, 6), "gaussian")
+    assert report.spread_after > 2
+    assert report.held_by == ["scaled_dot_product_attention"]
+
+
+def test_masks_as_long_as_the_longest():
+    class Masked(nn.Module):
+        """Cuts its mask to the longest of the batch, and has no use for images that are longer."""
+
+        def __init__(self):
+            super().__init__()
+            self.one, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x, lengths):
+            mask = torch.arange(int(lengths.max())) < lengths[:, None]
+            return self.head((self.one(x).relu() * mask[:, :, None]).sum(1))
+
+    torch.manual_seed(0)
+    images, lengths = torch.randn(20, 5, 6), torch.tensor([5, 3, 2, 4] + [3] * 16)
+    for call in (initialize, rescale, change_rate):
+        with pytest.raises(InitializationError, match=r"size of tensor .* and images of one length, if they"):
+            call(Masked(), (images, lengths))
+    assert initialize(Masked(), (images, torch.full((20,), 5))).spread_after < 1.01
+
+
 @pytest.mark.parametrize(
     ("overwriting", "plain"),
     [
