@@ -127,8 +127,9 @@ class Scales:
             return u
         logs, slopes = self._log_rates(measurement, u)
         for _ in range(MAX_STEPS):
-            centred = slopes - slopes.mean(0)
-            step = basis @ torch.linalg.lstsq(centred @ basis, logs.mean() - logs, driver="gelsd").solution
+            centred = (slopes - slopes.mean(0)) @ basis
+            centred[centred.abs() < 1e-9] = 0  # rounding, and all of it where no rate depends on a scale
+            step = basis @ torch.linalg.lstsq(centred, logs.mean() - logs, driver="gelsd").solution
             variance = logs.var(correction=0)
             for _ in range(MAX_HALVINGS):
                 logs, slopes = self._log_rates(measurement, u + step)

@@ -1304,6 +1304,32 @@ def test_the_report_names_attention_that_holds_the_rates():
     assert report.held_by == ["scaled_dot_product_attention"]
 
 
+@pytest.mark.parametrize(
+    "bounded",
+    [torch.tanh, lambda x: x / (1 + x.square()).sqrt(), lambda x: x / (1 + x.abs())],
+    ids=["tanh", "over a root", "softsign"],
+)
+def test_only_what_does_not_learn_could_be_scaled(bounded):
+    """As in a compression network: behind `round` nothing is free, and no gradient comes before it."""
+
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.code = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+            self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 20)
+
+        def forward(self, x):
+            return self.other(bounded(self.one(self.code(x).round())))
+
+    torch.manual_seed(0)
+    model, images = Rounded(), torch.randn(64, 12)
+    report = initialize(model, images, "gaussian")
+    assert report.spread_before == pytest.approx(report.spread_after, rel=1e-6)
+    assert report.output_change < 1e-6
+    assert [row.rate_after is None for row in report.layers] == [True] * 3 + [False] * 2
+    assert all(row.scale == pytest.approx(1) for row in report.layers if row.rate_after is not None)
+
+
 def test_masks_as_long_as_the_longest():
     class Masked(nn.Module):
         """Cuts its mask to the longest of the batch, and has no use for images that are longer."""
