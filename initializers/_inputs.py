@@ -155,7 +155,10 @@ def _several(arguments: _Arguments, images: tuple[Tensor, ...]) -> tuple[Tensor,
     if len(images) == len(arguments.required):
         return images
     if not images[0].is_floating_point() and any(image.is_floating_point() for image in images):
-        raise InitializationError(f"images is a tuple whose first tensor is {images[0].dtype}: pass the images alone")
+        raise InitializationError(
+            f"images is a tuple whose first tensor is {images[0].dtype}: pass the images alone, or a dict of inputs by "
+            "the names of the model's arguments"
+        )
     labels = len(images) == 2 and not images[1].is_floating_point() and images[1].ndim == 1
     return images[:1] if labels else images
 

@@ -371,7 +371,10 @@ def _rows(top: list[Tensor]) -> Tensor:
     """The outputs that depend on the weights, in one row for each image: (N, values)."""
     learned = [output.detach().reshape(len(output), -1) for output in top if output.requires_grad]
     if not learned:
-        raise InitializationError("the output of the model does not depend on the weights of its layers")
+        raise InitializationError(
+            "the output of the model does not depend on the weights of its layers, or has no gradient (as behind "
+            "quantization, or of reversible blocks): pass between=False, or training=True where training has one"
+        )
     return torch.cat(learned, 1)
 
 

@@ -294,6 +294,17 @@ def test_a_layer_that_the_output_ignores(model, images):
         check("the output of the model does not depend on the weights of its layers", call, model, images)
 
 
+@pytest.mark.parametrize("cut", [torch.Tensor.detach, torch.no_grad()(lambda x: x * 2)], ids=["detached", "no_grad"])
+def test_an_output_without_a_gradient(model, images, cut):
+    """As of a model that quantizes, or of reversible blocks. Following the remedy works."""
+    model.append(Call(cut))
+    for call in (change_rate, rescale):
+        check(".*or has no gradient .*: pass between=False, or training=True where", call, model, images)
+    assert initialize(model, images, between=False).layers[-1].std_after == pytest.approx(1)
+    model[-1] = Call(lambda x: x if model.training else x.detach())
+    assert rescale(model, images, training=True).spread_after < 1.01
+
+
 def test_a_gradient_that_fails(model, images):
     class NoGradient(torch.autograd.Function):
         @staticmethod
