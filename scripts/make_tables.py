@@ -167,12 +167,13 @@ training, and what stopped it where something did. Then, of the deepest network 
 layer to the last: the variance of the outputs, that of the gradient, and the share of outputs that are saturated. The
 rule: {FLAT}.
 """
+BATCH_NORM = "config.model.batch_norm"  # whose rows stand below those without
 # Settings of small_images.py that are columns of a block.
-VARIANTS = ("config.model.activation", "config.model.batch_norm", "config.model.depth", "config.loss")
+VARIANTS = ("config.model.activation", "config.model.depth", "config.loss")
 AT_THE_START = {"outputs": ("forward", ".1e"), "gradient": ("backward", ".1e"), "saturated": ("saturated", ".0%")}
 NETWORK = ("config.network.kind", "config.network.activation")  # of depth.py
 OF_DEPTH = [*NETWORK, "config.network.depths", "config.network.width", "config.data.train", "config.data.test"]
-OF_SMALL = [*VARIANTS, "config.data.train", "config.data.test"]  # that no title names
+OF_SMALL = [*VARIANTS, BATCH_NORM, "config.data.train", "config.data.test"]  # that no title names
 IMAGES, HELD_OUT = "config.data.images", "config.data.held_out"
 
 FAMILIES = """\
@@ -470,7 +471,7 @@ def small_images(paths: Sequence[Path], paper: Path) -> dict[str, str]:
     if records.empty:
         return {}
     records = pd.concat([records, pd.DataFrame([outcome(row) for _, row in records.iterrows()], records.index)], axis=1)
-    records = records.reindex(columns=[*dict.fromkeys([*records, *VARIANTS, RATE, IMAGES, HELD_OUT])])
+    records = records.reindex(columns=[*dict.fromkeys([*records, *VARIANTS, BATCH_NORM, RATE, IMAGES, HELD_OUT])])
     records = records[records[HELD_OUT].isna() | (records[HELD_OUT] == "None")]  # the others choose learning rates
     few = records[IMAGES].notna() & (records[IMAGES] != "None")
     found = by_protocol(records[~few], OF_SMALL) if not few.all() else {}
@@ -482,6 +483,8 @@ def small_images(paths: Sequence[Path], paper: Path) -> dict[str, str]:
     for protocol, block in found.items():
         names = [name for name in VARIANTS if block[name].nunique(dropna=False) > 1]
         block = by_initialization(block)
+        if block[BATCH_NORM].nunique(dropna=False) > 1:
+            block.loc[block[BATCH_NORM] == "True", "init"] += " model.batch_norm=true"
         block = one_of_each_seed(block, ["init", *names])
         block["variant"] = [", ".join(assigned(row, names)) or "top-1 / epochs" for _, row in block.iterrows()]
         columns = [*dict.fromkeys(block.sort_values(names)["variant"])]

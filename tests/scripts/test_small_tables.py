@@ -70,6 +70,23 @@ def test_activations_are_columns_and_what_does_not_converge_is_shown(add, tmp_pa
     assert len(pd.read_csv(path)) == 6
 
 
+def test_batch_norm_is_a_row_of_its_own(add, tmp_path):
+    add("a", "model=resnet", "model.depth=20", "model.batch_norm=false", "init=lsuv", **small(0.5))
+    add("b", "model=resnet", "model.depth=20", "model.batch_norm=true", "init=lsuv", **small(0.6))
+    add("c", "model=resnet", "model.depth=56", "model.batch_norm=true", "init=lsuv", **small(0.7))
+    add("d", *MNIST, "init=lsuv", **small(0.9))
+    rows = [line for line in make(tmp_path)["small_images.md"].splitlines() if line.startswith("| ")]
+    assert rows == [
+        "| `init=` | top-1 / epochs |",
+        "| --- | ---: |",
+        "| `lsuv` | 90.00 / 0.50 |",
+        "| `init=` | model.depth=20 | model.depth=56 |",
+        "| --- | ---: | ---: |",
+        "| `lsuv` | 50.00 / 0.50 | - |",
+        "| `lsuv model.batch_norm=true` | 60.00 / 0.50 | 70.00 / 0.50 |",
+    ]
+
+
 def test_what_is_published_stands_in_brackets(add, tmp_path):
     add("a", *MNIST, "init=lsuv", "loss=hinge", **small(0.99612))
     add("b", *MNIST, "init=lsuv", **small(0.99512))
