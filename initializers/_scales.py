@@ -20,6 +20,7 @@ from initializers._rates import Measurement
 PINNED = 0  # the label of scales that may not change
 MAX_STEPS = 50  # of Newton's method; a chain needs one, GoogLeNet about six
 MAX_HALVINGS = 30
+MAX_CHANGE = 40.0  # of a log-scale in a step: float32 ends at 88
 MAX_EXPONENT = 60  # of two, for a scale
 
 
@@ -129,7 +130,7 @@ class Scales:
         for _ in range(MAX_STEPS):
             centred = (slopes - slopes.mean(0)) @ basis
             centred[centred.abs() < 1e-9] = 0  # rounding, and all of it where no rate depends on a scale
-            step = basis @ torch.linalg.lstsq(centred, logs.mean() - logs, driver="gelsd").solution
+            step = basis @ _least_squares(centred, logs.mean() - logs)
             variance = logs.var(correction=0)
             for _ in range(MAX_HALVINGS):
                 logs, slopes = self._log_rates(measurement, u + step)
@@ -270,6 +271,18 @@ class Scales:
             parameter.mul_(_exp(u[output] - u[incoming]).to(parameter))
         for module, label in self.lrns:
             module.alpha *= _exp(-2 * u[label]).item()
+
+
+def _least_squares(slopes: Tensor, changes: Tensor) -> Tensor:
+    """The step, no larger than MAX_CHANGE, whose product with the slopes comes nearest to the changes.
+
+    Directions in which all slopes are small are left out, the smallest first, where that takes scales too large.
+    """
+    for least in (None, 1e-3, 1e-2, 1e-1):  # singular value, relative to the largest; None is that of rounding
+        step = torch.linalg.lstsq(slopes, changes, rcond=least, driver="gelsd").solution
+        if step.abs().max() <= MAX_CHANGE:
+            break
+    return step
 
 
 def _exp(u: Tensor) -> Tensor:

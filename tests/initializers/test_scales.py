@@ -17,7 +17,7 @@ from initializers._layers import Layers
 from initializers._propagate import propagate
 from initializers._rates import usable_rates
 from initializers._record import record
-from initializers._scales import Norm, Scales, _scale_norm
+from initializers._scales import Norm, Scales, _least_squares, _scale_norm
 from initializers._weight_norm import unnormalised
 
 
@@ -1301,3 +1301,11 @@ def test_a_chain_is_equalised_by_the_square_roots_of_the_rates():
     np.testing.assert_allclose([row.scale for row in report.layers], factors, rtol=1e-5)
     np.testing.assert_allclose(factors.prod(), 1)
     assert report.spread_after < 1 + 1e-5
+
+
+@pytest.mark.parametrize(("weak", "expected"), [(0.02, 25.0), (2e-3, 0.0), (1e-6, 0.0)])
+def test_scales_stay_where_rates_hardly_change_with_them(weak, expected):
+    """As in MambaOut: float32 could not hold what would make its rates a little more equal."""
+    slopes = torch.diag(torch.tensor([2.0, 1.0, weak], dtype=torch.float64))
+    changes = torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(_least_squares(slopes, changes).tolist(), [0.5, 1.0, expected])
