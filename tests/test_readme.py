@@ -501,6 +501,8 @@ def test_small_images_are_those_of_the_records():
     assert f"| {each} (seeds {', '.join(map(str, mnist['seed']))}) at full scale" in page
     fitnet = table[table["preset"].str.contains("FitNet4")]
     fitnet = fitnet.assign(activation=fitnet["variant"].str.removeprefix("model.activation="))
+    normalised = fitnet["init"].str.endswith(" model.batch_norm=true")
+    with_norm, fitnet = fitnet[normalised], fitnet[~normalised]
     top1, converges, epochs = (
         fitnet.pivot(index="init", columns="activation", values=name) for name in ("top1", "converges", "epochs")
     )
@@ -509,7 +511,7 @@ def test_small_images_are_those_of_the_records():
     assert {*diverging.index[diverging]} == {("gaussian", "maxout"), ("he", "maxout")}
     block = (ROOT / "results" / "tables" / "small_images.md").read_text().partition("FitNet4")[2].partition("- rule")[0]
     rows = [row for row in block.splitlines() if row.startswith("| `")]
-    assert len(rows) == 1 + len(top1)
+    assert len(rows) == 1 + len(top1) + with_norm["init"].nunique()
     assert all(row in DOCS["lsuv"] for row in rows)
 
     plain = next(name for name in top1.index if name.startswith("orthonormal"))
@@ -532,6 +534,22 @@ def test_small_images_are_those_of_the_records():
     assert all(abs(found[one] - found[other]) < 1.4 for found, one, other in level)
     assert {epochs[name].idxmin() for name in ("relu", "vlrelu", "maxout")} == {"kmeans"}
     assert f"k-means comes to {top1['sigmoid']['kmeans']:.1f} % with sigmoid" in page
+
+    assert with_norm["converges"].all()
+    normal = with_norm.assign(init=with_norm["init"].str.removesuffix(" model.batch_norm=true"))
+    normal = normal.pivot(index="init", columns="activation", values="top1")
+    gains = {name: [f"{abs(gain):.1f}" for gain in (normal - top1)[name].dropna()] for name in normal}
+    assert "He and LSUV gain {} and {} points with ReLU, and Xavier converges".format(*gains["relu"]) in page
+    assert "with tanh He, LSUV and Xavier lose {}, {} and {};".format(*gains["tanh"]) in page
+    assert "with maxout LSUV and Xavier gain {} and {}, and He trains".format(*gains["maxout"]) in page
+    assert (normal[["relu", "maxout"]] > top1.loc[normal.index, ["relu", "maxout"]].fillna(0)).all(axis=None)
+    assert (normal["tanh"] < top1.loc[normal.index, "tanh"]).all()
+    tanh_bn, best = normal["tanh"].to_dict(), normal.max()
+    assert abs(tanh["lsuv"] - tanh_bn["xavier"]) < 1.4 <= tanh["lsuv"] - tanh_bn["he"]
+    assert (normal[["relu", "maxout"]].min() - top1.loc["lsuv", ["relu", "maxout"]] >= 1.4).all()
+    assert (normal.loc["lsuv", ["relu", "maxout"]] - normal.loc["xavier", ["relu", "maxout"]]).abs().max() < 1.4
+    assert tanh_bn["xavier"] - tanh_bn["lsuv"] >= 1.4
+    assert (top1.loc["kmeans", ["relu", "maxout"]] - best[["relu", "maxout"]]).abs().max() < 1.4
 
 
 def test_how_ours_trains_with_maxout():
