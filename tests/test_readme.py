@@ -279,14 +279,15 @@ def test_what_is_said_of_timm_is_that_of_its_networks():
     assert f"{sum(each['spread_after'] > 10 for each in measured)} keep a spread of more than 10" in page
     found = {line["network"]: each for line in lines for each in line.get("filters", {}).values()}
     loose = {name: each for name, each in found.items() if each["deviation"]["std"] > 1e-3}
-    assert len(loose) == 6
+    assert f"{len(loose)} amplify rounding so far" in page
     assert all(each["powers_of_two"] for each in loose.values())  # as they amplify rounding
-    rounding = loose["timm/tiny_vit_5m_224"]["rounding"]
-    off = {name: each["deviation"]["std"] for name, each in loose.items()}
-    tinyvit, volo = off.pop("timm/tiny_vit_5m_224"), off.pop("timm/volo_d1_224")
+    tinyvit, volo = ([each for name, each in loose.items() if kind in name] for kind in ("/tiny_vit", "/volo"))
+    others = [each for each in loose.values() if each not in tinyvit + volo]
+    off = [max(each["deviation"]["std"] for each in part) for part in (tinyvit, volo, others)]
+    rounding = max(each["rounding"] for each in tinyvit)
     stated = (
-        f"by {tinyvit:.2f} in TinyViT, whose output is {rounding:.2f} rounding, by {volo:.2f} in VOLO, "
-        f"by {max(off.values()):.3f} and less in the others"
+        f"by up to {off[0]:.2f} in TinyViT, whose output differs from that in float64 by up to {rounding:.2f} of its "
+        f"norm, by up to {off[1]:.2f} in VOLO, by {off[2]:.3f} and less in the others"
     )
     assert stated.replace(" 0.", " .") in page
 
