@@ -128,6 +128,7 @@ class _Propagation(Labels):
             **dict.fromkeys(_BLANK | _FILLED, self._make),
             "normalize": self._normalize,
             **dict.fromkeys(("matmul", "bmm", "mm", "spmm", "_sparse_mm"), self._matmul),
+            **dict.fromkeys(("addcmul", "addcdiv"), self._add_product),
             "einsum": self._einsum,
             **dict.fromkeys(_NORMALISING, self._own_statistics),
             **dict.fromkeys(("clamp", "clamp_min", "clip"), self._clamp),
@@ -386,6 +387,12 @@ class _Propagation(Labels):
             if not self._varies(leaf) and bool((constant == PINNED).any() & (x > PINNED).any()):
                 self.scales.pinned_by.add(f"{_canonical(operation.name)} of a constant")
         return [self._merge(*labels).expand(self._shape(operation))]
+
+    def _add_product(self, operation: Operation) -> list[Tensor]:
+        names = ("input", "tensor1", "tensor2")
+        one, left, right = (self._of(leaf) for leaf in _given(operation, names, names))
+        product = self._product(left, right, -1 if _canonical(operation.name) == "addcdiv" else 1)
+        return [self._merge(one, product).expand(self._shape(operation))]
 
     def _multiply(self, operation: Operation) -> list[Tensor] | None:
         one, other = _given(operation, ("input", "other"), ("input", "other"))
