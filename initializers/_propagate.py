@@ -384,8 +384,8 @@ class _Propagation(Labels):
         """What two values that come together give: they have one scale."""
         labels = self._of(one), self._of(other)
         for leaf, (constant, x) in ((one, labels), (other, labels[::-1])):
-            if not self._varies(leaf) and bool((constant == PINNED).any() & (x > PINNED).any()):
-                self.scales.pinned_by.add(f"{_canonical(operation.name)} of a constant")
+            if not self._varies(leaf) and bool((constant == PINNED).any()):
+                self._hold(x, operation, " of a constant")
         return [self._merge(*labels).expand(self._shape(operation))]
 
     def _add_product(self, operation: Operation) -> list[Tensor]:

@@ -131,7 +131,7 @@ class _GradientFails(InitializationError):
 def _whatever_is_overwritten(compute: Callable[..., Result]) -> Callable[..., Result]:
     """Where a gradient fails, try again and keep copies of what it needs and the model overwrites.
 
-    `torch.exp(x).add_(y)` is an example; half as much time again is what the copies take.
+    `torch.exp(x).add_(y)` is an example. Not done at once, as copies take time.
     """
 
     @wraps(compute)

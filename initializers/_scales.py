@@ -128,9 +128,8 @@ class Scales:
             return u
         logs, slopes = self._log_rates(measurement, u)
         for _ in range(MAX_STEPS):
-            centred = (slopes - slopes.mean(0)) @ basis
-            centred[centred.abs() < 1e-9] = 0  # rounding, and all of it where no rate depends on a scale
-            step = basis @ _least_squares(centred, logs.mean() - logs)
+            centred = slopes - slopes.mean(0)
+            step = basis @ _least_squares(centred @ basis, logs.mean() - logs)
             variance = logs.var(correction=0)
             for _ in range(MAX_HALVINGS):
                 logs, slopes = self._log_rates(measurement, u + step)
@@ -276,13 +275,14 @@ class Scales:
 def _least_squares(slopes: Tensor, changes: Tensor) -> Tensor:
     """The step, no larger than MAX_CHANGE, whose product with the slopes comes nearest to the changes.
 
-    Directions in which all slopes are small are left out, the smallest first, where that takes scales too large.
+    Directions in which all slopes are small are left out, the smallest first, where that takes scales too large: all of
+    them where the slopes are rounding, as no rate depends on a scale.
     """
     for least in (None, 1e-3, 1e-2, 1e-1):  # singular value, relative to the largest; None is that of rounding
         step = torch.linalg.lstsq(slopes, changes, rcond=least, driver="gelsd").solution
         if step.abs().max() <= MAX_CHANGE:
-            break
-    return step
+            return step
+    return torch.zeros_like(step)
 
 
 def _exp(u: Tensor) -> Tensor:
