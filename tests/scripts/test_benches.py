@@ -35,11 +35,9 @@ def test_training(bench, demo, tmp_path):
     offsets = 20 * np.arange(len(ids) + 1)
     np.savez(tmp_path / "proposals.npz", ids=np.array(ids), offsets=offsets, **proposals)
     words = (f"data.cache={demo / 'cache'}", f"proposals={tmp_path / 'proposals.npz'}")
-    record = bench(bench_train, *words, STEPS={"classification": 2, "detection": 1}, FIXED=2)
-    assert record["ratios"].keys() == {
-        "classification: training step / bare step",
-        "detection: training step / bare step",
-    }
+    steps = {"classification": 2, "detection": 2, "classification, preset=paper": 2}
+    record = bench(bench_train, *words, STEPS=steps, FIXED=2)
+    assert record["ratios"].keys() == {f"{name}: training step / bare step" for name in steps}
     assert all(ratio > 0 for ratio in record["ratios"].values())
 
 
