@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from initializers._calls import RANDOM, dropout_of, input_of
-from initializers._layer import Call, memory, overlap
+from initializers._layer import Call, Layer, memory, overlap
 from initializers._layers import Layers
 from initializers._model import tensors_of
 
@@ -90,6 +90,7 @@ class Graph:
         interact: whether what comes of an image depends on the others of its batch, or of earlier ones, as where a
             running mean is a part of it.
         decides: whether values that depend on the images, but on no layer, decided what the model did.
+        routes: whether values that depend on an affine layer decided what goes where, as to one of several experts.
     """
 
     layers: Layers
@@ -106,6 +107,13 @@ class Graph:
     learned: set[int] = field(default_factory=set)
     interact: bool = False
     decides: bool = False
+    routes: bool = False
+
+    @property
+    def reached(self) -> set[Layer]:
+        """The affine layers that saw an image, or a part of one."""
+        calls = [operation for operation in self.operations if operation.call is not None]
+        return {step.call.layer for step in calls if step.call and self.shapes[step.outputs[0]].numel()}
 
     def aliases(self, value: int) -> list[int]:
         """Values that change where this one is changed in place, itself among them."""

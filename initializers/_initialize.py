@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from initializers._auxiliary import insert_auxiliary
 from initializers._between import equalise_between
@@ -110,18 +110,16 @@ def initialize(
     with unchanged_on_error(model, seed, training):
         inputs, names = as_inputs(model, images)
         layers = Layers(model, names, trainable=True)
-        known = recorded(layers, inputs)
+        follow = between and nonhomogeneous == "pin"
+        known = _recorded(layers, inputs, follow)
         before = constants(model)
         report = Report([], images=len(inputs[0]))
-        if between and nonhomogeneous == "pin" and known.scales is None:
-            raise InitializationError(
-                f"the between-layer step cannot follow {type(model).__name__}: {known.problem}; pass between=False to "
-                'set the filters and normalise each layer only, or nonhomogeneous="scale"'
-            ) from known.problem
         if filters is not None or within:
             rule = Within(filters, within, bias, factors or {}, seed)
             step = partial(initialize_within, layers, inputs, known, rule, report)
             with_masks(layers, inputs, report, step)
+            if follow and known.graph is None:  # other weights may choose other experts
+                known = _recorded(layers, inputs, follow)
         if between and nonhomogeneous == "scale":
             layers = insert_auxiliary(layers, inputs, rate_images, seed, report)
         elif between and known.scales is not None:
@@ -165,6 +163,21 @@ def rescale(
         rate_images=rate_images,
         training=training,
     )
+
+
+def _recorded(layers: Layers, inputs: tuple[Tensor, ...], follow: bool) -> Recorded:
+    """The graph of the model.
+
+    Raises:
+        InitializationError: it does not tell how scales travel, which is to `follow` from it.
+    """
+    known = recorded(layers, inputs)
+    if follow and known.scales is None:
+        raise InitializationError(
+            f"the between-layer step cannot follow {type(layers.model).__name__}: {known.problem}; pass between=False "
+            'to set the filters and normalise each layer only, or nonhomogeneous="scale"'
+        ) from known.problem
+    return known
 
 
 def _describe(layers: Layers, known: Recorded, report: Report) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from initializers._layer import Call
+from initializers._model import InitializationError
 from initializers._scales import Scales
 
 
@@ -29,7 +30,13 @@ class MeasuredLRN:
 
     def undo(self, call: Call, x: Tensor) -> None:
         """Divide the layer's weights by how much LRN changed its input since the pass before."""
-        layer, incoming = call.layer, self.uses[call.layer].incoming
+        layer = call.layer
+        if layer not in self.uses:
+            raise InitializationError(
+                f"layer {layer.name} runs only now and then (for some images, or with gradients), so that the "
+                'between-layer step cannot follow it; pass between=False or nonhomogeneous="scale"'
+            )
+        incoming = self.uses[layer].incoming
         for label in self.scales.through_lrn.keys() & set(incoming.flatten().tolist()):
             channels = incoming == label
             inputs = x.movedim(-1 if layer.linear else 1, -1)[..., channels.flatten().to(x.device)]

@@ -208,7 +208,7 @@ class _Propagation(Labels):
         indices = [index for index in operation.inputs if index not in data]
         shapes_only = operation.name in ("expand_as", "view_as", "reshape_as")
         if not shapes_only and any(index in self.graph.varying for index in indices):
-            return None
+            return self._pick(operation)
 
         def labels(leaf):
             if not isinstance(leaf, Ref):
@@ -223,6 +223,44 @@ class _Propagation(Labels):
         func = copying.get(operation.name, operation.func)
         moved = tensors_of(func(*args, **kwargs))
         return [(labels - 1).nan_to_num_(posinf=ZERO, neginf=ZERO) for labels in moved]
+
+    def _pick(self, operation: Operation) -> list[Tensor] | None:
+        """Elements at places that depend on the images, of one scale along the dimensions in which they are chosen."""
+        labels, shape = self._of(operation.args[0]), self._shape(operation)
+        if operation.name == "index_select":
+            dimension, index = _given(operation, ("input", "dim", "index"), ("dim", "index"))
+            where = [slice(None)] * (dimension % labels.ndim) + [index]
+        elif operation.name == "__getitem__":
+            where = _as_list(operation.args[1])
+        else:
+            return None
+        chosen = [part for part in where if isinstance(part, Ref)]
+        if not (labels.numel() and math.prod(shape)) or any(isinstance(part, bool | list) for part in where):
+            return None  # of what no image chose is not known what becomes of it
+        for index in chosen:
+            self._pin(self._of(index))
+        masked = self._mask_dimensions(where, labels.ndim - len(shape))
+        if masked:
+            return [self._uniform(labels, range(masked)).squeeze(tuple(range(1, masked))).expand(shape)]
+        dimension, dimensions, places = 0, [], []
+        for part in where:
+            if isinstance(part, Ref):
+                dimensions.append(dimension)
+                part = torch.zeros(self.graph.shapes[part.index], dtype=torch.long)
+            dimension += labels.ndim - sum(map(_takes, where)) if part is Ellipsis else _takes(part)
+            places.append(map_tree(part, lambda leaf: resolve(leaf, {}, SIZES[0])))
+        found = self._uniform(labels, dimensions)[tuple(places)]
+        if found.ndim == len(shape):
+            found = found[tuple(map(slice, shape))]  # a mask chooses at most as many as there are
+        return [found] if found.shape == shape else None
+
+    def _mask_dimensions(self, where: list, fewer: int) -> int:
+        """Of how many dimensions a mask chooses, where it is all that chooses, and gives so many dimensions fewer.
+
+        Places, which as many dimensions have as a mask, give more than there were.
+        """
+        size = len(self.graph.shapes[where[0].index]) if len(where) == 1 and isinstance(where[0], Ref) else 0
+        return size if size > 1 and fewer == size - 1 else 0
 
     def _pads_with_any_scale(self, operation: Operation) -> bool:
         """With values of the image, with zeros, or with -inf, as before max pooling."""
@@ -491,13 +529,19 @@ class _Propagation(Labels):
 
     def _set(self, operation: Operation) -> list[Tensor] | None:
         target, where, value = operation.args
+        labels, given = full(ZERO, self.graph.shapes[target.index]).clone(), self._of(value)
+        if self._varies(where):  # rows, or what a mask chooses: any may be among them
+            rest = labels.ndim - len(self.graph.shapes[where.index])
+            if given.ndim > rest + 1:
+                return None
+            self._pin(self._of(where))
+            where, given = ..., self._uniform(given, (0,)).squeeze(0) if given.ndim > rest else given
         found = []
         map_tree(where, lambda leaf: found.append(leaf) if isinstance(leaf, Ref) else None)
         if any(map(self._varies, found)):
             return None
         index = map_tree(where, lambda leaf: resolve(leaf, self.graph.fixed, SIZES[0]))
-        labels = full(ZERO, self.graph.shapes[target.index]).clone()
-        labels[index] = self._of(value)
+        labels[index] = given
         self._overwrite(target.index, labels)
         return []
 
@@ -655,6 +699,16 @@ def _canonical(name: str) -> str:
     """The operation that a function, a method, an operator and its in-place variant have in common."""
     name = _OPERATORS.get(name, name)
     return name if name.startswith("_") else name.removesuffix("_")
+
+
+def _as_list(where) -> list:
+    """What an index says of the dimensions, one after the other."""
+    return list(where) if isinstance(where, tuple) else [where]
+
+
+def _takes(part) -> int:
+    """How many dimensions a part of an index is of."""
+    return 0 if part is None or part is Ellipsis else 1
 
 
 def _letters(term: str, ndim: int) -> str:

@@ -128,24 +128,32 @@ class _GradientFails(InitializationError):
     """The gradient of the output cannot be taken."""
 
 
-def _whatever_is_overwritten(compute: Callable[..., Result]) -> Callable[..., Result]:
-    """Where a gradient fails, try again and keep copies of what it needs and the model overwrites.
+class _OtherRows(Exception):
+    """The rows of a layer's input are not the images."""
 
-    `torch.exp(x).add_(y)` is an example. Not done at once, as copies take time.
+
+def _as_the_model_allows(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """Try again where a gradient fails, or where rows are not the images after all.
+
+    Then with copies of what the gradient needs and the model overwrites, such as `torch.exp(x).add_(y)`: not done at
+    once, as copies take time. Or with one image at a time: how many rows go to an expert depends on the images.
     """
 
     @wraps(compute)
-    def tried_twice(*args, **kwargs) -> Result:
+    def tried_again(layers: Layers, *args, **kwargs) -> Result:
         try:
-            return compute(*args, **kwargs)
+            return compute(layers, *args, **kwargs)
+        except _OtherRows:
+            layers.per_image = False
+            return tried_again(layers, *args, **kwargs)
         except _GradientFails:
             with torch.autograd.graph.allow_mutation_on_saved_tensors():
-                return compute(*args, **kwargs)
+                return compute(layers, *args, **kwargs)
 
-    return tried_twice
+    return tried_again
 
 
-@_whatever_is_overwritten
+@_as_the_model_allows
 def measure(
     layers: Layers,
     inputs: tuple[Tensor, ...],
@@ -234,7 +242,7 @@ def usable_rates(
     return measurement
 
 
-@_whatever_is_overwritten
+@_as_the_model_allows
 def _rounding(layers: Layers, inputs: tuple[Tensor, ...], names: list[str], seed: int) -> list[str]:
     """Of some layers those whose gradients are rounding of what cancels out, as before a softmax over equal values.
 
@@ -276,6 +284,8 @@ def _with_graph(
 
     def visit(call: Call, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         name, x = call.layer.name, x.detach()
+        if layers.per_image and len(x) != len(inputs[0]):
+            raise _OtherRows
         if before is not None and name not in gradients.layers:
             with torch.no_grad():
                 before(call, x)

@@ -41,6 +41,11 @@ _METADATA = {
 }
 INTERACTION = 1e-3  # a relative change that is more than rounding
 _DIFFERENT = "what it does depends on the number of images, or a part of it cannot be seen"
+# Functions whose result has as many elements as the values of an argument decide, and its place.
+_SIZED_BY_VALUES = {
+    **dict.fromkeys(("nonzero", "argwhere", "unique", "unique_consecutive", "nms"), 0),
+    "masked_select": 1,
+}
 
 
 class UngraphableError(InitializationError):
@@ -59,6 +64,8 @@ def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
     few = _few(inputs)
     with in_parts(layers.model, inputs, layers.names):
         (first, results), (second, others) = (_record(layers, few, size) for size in SIZES)
+        if first.routes or second.routes:
+            raise UngraphableError("its values decide what goes where, as to one of several experts")
     both = [index for index in first.outputs if index in second.outputs]
     for graph in (first, second):  # what has as many rows for any number of images is no output
         graph.others += [index for index in graph.outputs if index not in both]
@@ -138,7 +145,7 @@ def record_once(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
     """The graph of a model for so many images, which tells how scales travel.
 
     It is compared with that of other images, as a part of the model that cannot be seen gives other constants there;
-    but not where images decide what the model does: there these images' tells.
+    but not where images or values decide what the model does: there these images' tells.
 
     Raises:
         UngraphableError: what the model does depends on the values of its activations.
@@ -146,7 +153,7 @@ def record_once(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:
     others = tuple(x.roll(1 + len(x) // 2, 0) for x in inputs)
     with forked_random(inputs[0].device):
         graph, _ = _record(layers, inputs, size)
-        if not graph.decides:
+        if not (graph.decides or graph.routes):
             _check_alike(graph, _record(layers, others, size)[0])
     return graph
 
@@ -262,6 +269,7 @@ class _Recorder(AffineMode):
         scripted = isinstance(func, torch.jit.ScriptModule)  # which may hold layers
         learned = call is not None or scripted or any(index in self.graph.learned for index in step.inputs)
         tensors = tensors_of(output)
+        self.graph.routes |= any(self.value(tensor) in self.graph.learned for tensor in _deciding(name, args))
         if name == "__setitem__":
             changed = step.inputs[:1]
         elif tensors:
@@ -286,6 +294,14 @@ class _Recorder(AffineMode):
         if call is not None and self.compares:
             self.results += tensors
         return output
+
+
+def _deciding(name: str, args: tuple) -> list[Tensor]:
+    """Arguments of a function whose values decide how many elements its result has."""
+    if name == "__getitem__":
+        return [index for index in tensors_of(args[1:]) if index.dtype == torch.bool]
+    place = 0 if name == "where" and len(args) == 1 else _SIZED_BY_VALUES.get(name)
+    return [] if place is None else tensors_of(args[place : place + 1])
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:

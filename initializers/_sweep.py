@@ -55,6 +55,9 @@ def recorded(layers: Layers, inputs: tuple[Tensor, ...]) -> Recorded:
     except UngraphableError:
         try:
             scales = record_once(layers, inputs, min(IMAGES_AT_A_TIME, len(inputs[0])))
+            reached = {layer for layer, (_, rows) in _running(layers, inputs).items() if any(rows)}
+            if not reached <= scales.reached:  # some images go to other experts than these
+                scales = record_once(layers, inputs, len(inputs[0]))
         except UngraphableError as problem:
             reason = problem
     return Recorded(graph, scales, reason)
@@ -105,17 +108,23 @@ def sweep(layers: Layers, inputs: tuple[Tensor, ...], known: Recorded, visit: Vi
 
 def _in_parts(layers: Layers, inputs: tuple[Tensor, ...]) -> list[Call]:
     """A use of each layer, in order, where one sees only some of the images at a time; else none."""
-    rows: dict[Layer, list[int]] = {}
-    calls: dict[Layer, Call] = {}
+    uses = _running(layers, inputs).values()
+    in_parts = any(len(rows) > 1 and rows[0] < len(inputs[0]) for _, rows in uses)
+    return [call for call, _ in uses] if in_parts else []
+
+
+@torch.no_grad()
+def _running(layers: Layers, inputs: tuple[Tensor, ...]) -> dict[Layer, tuple[Call, list[int]]]:
+    """The layers that run for these images, in order, with the first use of each and the rows of all uses."""
+    uses: dict[Layer, tuple[Call, list[int]]] = {}
 
     def count(call: Call, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        rows.setdefault(call.layer, []).append(len(x))
-        calls.setdefault(call.layer, call)
+        uses.setdefault(call.layer, (call, []))[1].append(len(x))
         return compute()
 
     with without_memory(layers.model):
         forward(layers, inputs, count)
-    return [*calls.values()] if any(len(n) > 1 and n[0] < len(inputs[0]) for n in rows.values()) else []
+    return uses
 
 
 def _uses(layers: Layers, inputs: tuple[Tensor, ...], layer: Layer, which: int) -> list[Tensor]:

@@ -1230,6 +1230,106 @@ def test_an_expert_that_few_images_reach(images, reached, filters):
     assert report.output_change < 1e-5
 
 
+def by_mask(model, x, chosen, share):
+    y = torch.zeros_like(x)
+    for number, expert in enumerate(model.experts):
+        mask = chosen == number
+        y[mask] = expert(x[mask]) * share[mask, None]
+    return y
+
+
+def by_rows(model, x, chosen, share):
+    y = x
+    for number, expert in enumerate(model.experts):
+        rows = (chosen == number).nonzero().squeeze(1)
+        if len(rows):
+            y = y.index_add(0, rows, expert(x.index_select(0, rows)))
+    return y
+
+
+def by_order(model, x, chosen, share):
+    order = chosen.argsort(stable=True)
+    parts = x[order].split([int((chosen.detach() == number).sum().numpy()) for number in range(3)])
+    y = torch.cat([expert(part) for expert, part in zip(model.experts, parts, strict=True)])
+    return torch.empty_like(y).index_copy(0, order, y)
+
+
+class Mixture(nn.Module):
+    """A gate sends each image to one of three experts; before it is initialized, all to the first."""
+
+    def __init__(self, route):
+        super().__init__()
+        self.route = route
+        self.embed, self.gate, self.head = nn.Linear(768, 16), nn.Linear(16, 3), nn.Linear(16, 5)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(3))
+        self.gate.bias.data.copy_(torch.tensor([100.0, 0, 0]))
+
+    def forward(self, x):
+        x = self.embed(x.flatten(1)).relu()
+        share, chosen = self.gate(x).softmax(1).max(1)
+        return self.head(self.route(self, x, chosen, share))
+
+
+@pytest.mark.parametrize("route", [by_mask, by_rows])
+def test_a_gate_that_chooses_experts(images, route):
+    def make():
+        torch.manual_seed(0)
+        return Mixture(route)
+
+    model = make()
+    initialize(model, images, between=False)
+    chosen = model.gate(model.embed(images.flatten(1)).relu()).argmax(1)
+    assert len(chosen.unique()) == 3
+    layers = ["embed", "gate", "head", *(f"experts.{number}.{part}" for number in range(3) for part in (0, 2))]
+    assert_normalised(model, images, layers)
+    balanced = make()
+    report = initialize(balanced, images)
+    assert {row.name for row in report.layers} == {*layers}
+    assert report.output_change < 1e-5
+    torch.testing.assert_close(balanced(images), model(images), rtol=1e-4, atol=1e-5)
+    assert report.spread_after < report.spread_before / 20
+    assert initialize(make(), images, nonhomogeneous="scale").spread_after < 1.01
+
+
+def test_experts_chosen_by_values_outside_of_torch(images):
+    torch.manual_seed(0)
+    model = Mixture(by_order)
+    before = state(model)
+    with pytest.raises(InitializationError, match=r"what numpy gives decides .* pass between=False"):
+        initialize(model, images)
+    assert_same(model, before)
+    report = initialize(model, images, between=False)
+    assert_normalised(model, images, [row.name for row in report.layers])
+
+
+def test_a_layer_that_runs_with_gradients_only(images):
+    class Auxiliary(Mixture):
+        def forward(self, x):
+            x = self.embed(x.flatten(1)).relu()
+            return self.head(x + self.gate(x).mean(1, keepdim=True) if torch.is_grad_enabled() else x)
+
+    torch.manual_seed(0)
+    model = Auxiliary(None)
+    before = state(model)
+    with pytest.raises(InitializationError, match=r"layer gate runs only now and then .* pass between=False or"):
+        initialize(model, images)
+    assert_same(model, before)
+    assert [row.name for row in initialize(model, images, between=False).layers] == ["embed", "head"]
+    assert rescale(model, images, nonhomogeneous="scale").spread_after < 1.01
+
+
+def test_rates_where_later_images_go_to_several_experts():
+    torch.manual_seed(0)
+    model = Mixture(by_rows)
+    model.gate.weight.data.zero_()
+    model.gate.weight.data[1] = 1
+    model.gate.bias.data.copy_(torch.tensor([0.0, -9, -100]))
+    dark, bright = 0.1 * torch.randn(24, 768), 9 * torch.randn(8, 768)
+    rates = change_rate(model, torch.cat([dark[:16], torch.stack([dark[16:], bright], 1).flatten(0, 1)])).mean
+    assert min(rates["experts.0.0"], rates["experts.1.0"]) > 0
+    assert "experts.2.0" not in rates
+
+
 CONSTANTS = {
     "add of a constant": lambda x: 1 + x,
     "masked_fill of a constant": lambda x: x.masked_fill(x > 0, 1.0),

@@ -425,6 +425,12 @@ def attended(m, x):
 
 
 # A network and the number of its free scales. One of them is the first layer's; the last layer's is pinned.
+def chosen_places(m, x):
+    """The positions of each image in an order of their own."""
+    y = m.a(x).flatten(2).mT
+    return y[torch.arange(len(y)).unsqueeze(1), y.mean(2).argsort(1)].mT.unflatten(2, (6, 6))
+
+
 NETWORKS = {
     "residual": (lambda m, x: x + m.b(F.relu(m.a(x))), 2),
     "residual everywhere": (lambda m, x: m.c(m.b(m.a(x) + x) + x), 2),
@@ -491,7 +497,12 @@ NETWORKS = {
     "slices in place": (slices_in_place, 2),
     "assignment": (assigned, 3),
     "overwritten": (overwritten, 3),
-    "zeros assigned": (lambda m, x: [x.__setitem__(x < 0, 0), m.a(x)][1], 1),
+    "chosen places": (chosen_places, 2),
+    "chosen rows and columns": (
+        lambda m, x: m.a(x)[..., x.mean((0, 1, 2)).argsort(), None][:, :, x.mean((0, 1, 3)).argsort(), :, 0], 2),
+    "index_select, by values": (lambda m, x: m.a(x).index_select(2, x.mean((0, 1, 3)).argsort()), 2),
+    "index_select of channels": (lambda m, x: cat(m.a(x), x).index_select(1, x.mean((0, 2, 3)).argsort()), 1),
+    "zeros assigned": (lambda m, x: [x.__setitem__(x < 0, 0), m.a(x)][1], 2),
     "shared layer": (lambda m, x: m.a(F.relu(m.a(x))), 1),
     "shared layer without bias": (lambda m, x: m.no_bias(F.relu(m.no_bias(x))), 2),
     "shared layer, branches": (lambda m, x: cat(m.a(x), m.a(m.b(x))), 2),
