@@ -187,7 +187,7 @@ def lsuv(
             row.seconds = time.perf_counter() - started
 
         with_masks(layers, inputs, report, partial(sweep, layers, inputs, known, visit))
-        report.inactive_dropout = inactive_dropout(layers, known.scales)
+        report.inactive_dropout = inactive_dropout(layers, known.seen)
     report.seconds = time.perf_counter() - start
     return report
 

@@ -190,7 +190,7 @@ def _describe(layers: Layers, known: Recorded, report: Report) -> None:
             use = "a scripted module" if memory(parameter) in unseen else known.other_use(parameter)
             report.kept[name] = f"used by {use}" if use else "not used" if known.scales is not None else ""
     report.frozen = [name for name, parameter in layers.model.named_parameters() if not parameter.requires_grad]
-    report.inactive_dropout = inactive_dropout(layers, known.scales)
+    report.inactive_dropout = inactive_dropout(layers, known.seen)
     report.random = sorted(layers.random)
     operations = known.graph.operations if known.graph is not None else []  # of parts of the images all uses count
     uses = Counter(operation.call.layer.name for operation in operations if operation.call)

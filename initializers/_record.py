@@ -49,7 +49,15 @@ _SIZED_BY_VALUES = {
 
 
 class UngraphableError(InitializationError):
-    """A model that does not do the same for all images."""
+    """A model that does not do the same for all images.
+
+    Attributes:
+        graph: what one pass did all the same, from which scales and other passes do not follow; or None.
+    """
+
+    def __init__(self, message: str, graph: Graph | None = None) -> None:
+        super().__init__(message)
+        self.graph = graph
 
 
 def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
@@ -132,7 +140,7 @@ def _check_alike(one: Graph, other: Graph) -> None:
     plans = [[(step.name, step.outputs) for step in graph.operations] for graph in (one, other)]
     same = plans[0] == plans[1] and one.outputs == other.outputs
     if not (same and all(_equal(tensor, other.constants.get(index)) for index, tensor in one.constants.items())):
-        raise UngraphableError(_DIFFERENT)
+        raise UngraphableError(_DIFFERENT, one)
 
 
 def _rows(graph: Graph) -> list[int]:
@@ -176,12 +184,12 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Grap
     finally:
         for hook in hooks:
             hook.remove()
-    if recorder.blind:
-        raise UngraphableError("it computes inside torch.vmap or another transform of torch.func")
     graph = recorder.graph
     graph.outputs = [recorder.value(output) for output in outputs]
     graph.others = [recorder.value(other) for other in others]
     graph.fixed = {index: tensor for index, tensor in graph.fixed.items() if index not in graph.varying}
+    if recorder.problem:
+        raise UngraphableError(recorder.problem, graph)
     results = {("layer", number): result for number, result in enumerate(recorder.results)}
     return graph, results | {("output", index): o for index, o in zip(graph.outputs, outputs, strict=True)}
 
@@ -196,7 +204,7 @@ class _Recorder(AffineMode):
         self.memories: dict[int, tuple[StorageWeakRef, int]] = {}
         self.results: list[Tensor] = []  # of affine layers
         self.modules: list[nn.Module] = []
-        self.blind = False  # whether something was computed of images that could not be seen
+        self.problem = ""  # why the graph does not tell what the model does
 
     def enter(self, module: nn.Module, _) -> None:
         self.modules.append(module)
@@ -218,7 +226,8 @@ class _Recorder(AffineMode):
             while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
                 tensor = torch._C._functorch.get_unwrapped(tensor)
             _, index = self.memories.get(StorageWeakRef(tensor.untyped_storage()).cdata, (None, None))
-            self.blind |= index in self.graph.varying
+            if index in self.graph.varying:
+                self.problem = "it computes inside torch.vmap or another transform of torch.func"
         return super().transformed(func, args, kwargs)
 
     def new(self, tensor: Tensor, varying: bool) -> int:
@@ -283,7 +292,8 @@ class _Recorder(AffineMode):
             self.graph.decides = True
             return output
         else:
-            raise UngraphableError(f"what {name} gives decides what the model does next, or leaves torch")
+            self.problem = self.problem or f"what {name} gives decides what the model does next, or leaves torch"
+            return output
         in_place = {alias for index in changed if index in step.inputs for alias in self.graph.aliases(index)}
         self.graph.interact |= not in_place.isdisjoint(self.graph.constants)  # the next batch finds other values
         if varying:

@@ -35,16 +35,21 @@ class Recorded:
 
     graph: Graph | None
     scales: Graph | None
-    problem: InitializationError | None
+    problem: UngraphableError | None
+
+    @property
+    def seen(self) -> Graph | None:
+        """What one pass did, whether scales follow from it or not."""
+        return self.problem.graph if self.problem is not None else self.scales
 
     @property
     def tied(self) -> dict[str, str]:
         """See `Graph.tied`."""
-        return {} if self.scales is None else self.scales.tied
+        return {} if self.seen is None else self.seen.tied
 
     def other_use(self, parameter: Tensor) -> str | None:
         """See `Graph.other_use`."""
-        return None if self.scales is None else self.scales.other_use(parameter)
+        return None if self.seen is None else self.seen.other_use(parameter)
 
 
 def recorded(layers: Layers, inputs: tuple[Tensor, ...]) -> Recorded:

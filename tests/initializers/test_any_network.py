@@ -1032,6 +1032,24 @@ def test_an_output_layer_that_is_tied_to_the_embedding_stays(use, bias, call):
     assert rescale(model, x).output_change < 1e-5
 
 
+def known_length(m, x):
+    """Of the words of an image as many count as its values say."""
+    x = m.embed(x)
+    keep = [max(1, round(length)) for length in m.first(x).relu().mean((1, 2)).mul(8).clamp(max=12).tolist()]
+    return x * torch.tensor([[[float(word < length)] for word in range(12)] for length in keep])
+
+
+@pytest.mark.parametrize("call", [lambda *given: initialize(*given, between=False), lsuv])
+def test_a_tied_output_layer_where_values_decide(call):
+    torch.manual_seed(0)
+    model, x = Tied(True, known_length), integers(50, 40, 12)
+    before = model.embed.weight.clone()
+    report = call(model, x)
+    assert ["its weights stay" in row.note for row in report.layers] == [False, False, True]
+    assert torch.equal(model.embed.weight, before)
+    assert model.first(model.embed(x)).std().item() == pytest.approx(1, abs=0.03)
+
+
 def test_what_is_scaled_already_is_initialized_again(images):
     model = backbone_and_head().requires_grad_(True)
     initialize(model, images, nonhomogeneous="scale")
