@@ -90,7 +90,8 @@ class Graph:
         interact: whether what comes of an image depends on the others of its batch, or of earlier ones, as where a
             running mean is a part of it.
         decides: whether values that depend on the images, but on no layer, decided what the model did.
-        routes: whether values that depend on an affine layer decided what goes where, as to one of several experts.
+        routes: whether values that depend on an affine layer decided what goes where, as to one of several experts, or
+            numbers that are computed of weights what is done.
     """
 
     layers: Layers

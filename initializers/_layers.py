@@ -57,6 +57,7 @@ class Layers:
     functional_dropout: set[float] = field(default_factory=set)  # probabilities of dropout by functions, inactive
     random: set[str] = field(default_factory=set)  # names of functions that drew random numbers
     computed: bool = False  # whether the weight of a use was computed of parameters
+    numbers: bool = False  # whether numbers are computed of weights, so that one that multiplies weights may change
 
     @cached_property
     def _parameters(self) -> dict[int, list[tuple[str, Tensor]]]:
@@ -131,7 +132,7 @@ class Layers:
             if not of_rows and other.numel() != 1:
                 fits = other.shape == one.shape and bool(((other == 0) | (other == 1)).all())
                 return (one, one.new_ones(()), other.to(one).contiguous()) if fits and PRODUCTS[name] > 0 else None
-        elif not isinstance(other, int | float) or other <= 0:
+        elif not isinstance(other, int | float) or other <= 0 or (self.numbers and not isinstance(other, int)):
             return None
         factor = other.detach() if isinstance(other, Tensor) else one.new_tensor(other)
         return one, factor ** PRODUCTS[name], None
@@ -146,6 +147,8 @@ class Layers:
         """
         weight, factor, mask = source_of(given["weight"], sources)
         bias, bias_factor, _ = (None,) * 3 if given.get("bias") is None else source_of(given["bias"], sources)
+        if function not in MODULE_FUNCTIONS and self.owner(source_of(given["input"], sources)[0]) is not None:
+            return None  # of two parameters some weight is computed, as of low rank
         name = self._name(weight)
         if name is None or self._is_kept(weight) or weight.is_complex():
             self.computed |= name is None and function in MODULE_FUNCTIONS and not self._is_buffer(weight)

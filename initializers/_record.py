@@ -205,6 +205,7 @@ class _Recorder(AffineMode):
         self.results: list[Tensor] = []  # of affine layers
         self.modules: list[nn.Module] = []
         self.problem = ""  # why the graph does not tell what the model does
+        self.weights: set[int] = set()  # parameters that may be weights of layers, and what is computed of them alone
 
     def enter(self, module: nn.Module, _) -> None:
         self.modules.append(module)
@@ -255,6 +256,8 @@ class _Recorder(AffineMode):
         if index is None:
             index = self.new(tensor, varying=False)
             self.graph.constants[index] = tensor
+            if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:
+                self.weights.add(index)
         return index
 
     def operation(self, func: Any, args: tuple, kwargs: dict, call: Call | None):
@@ -286,24 +289,32 @@ class _Recorder(AffineMode):
             pairs = zip(tensors, known, strict=True)
             changed = step.outputs = [self.new(tensor, varying) if i is None else i for tensor, i in pairs]
             self.graph.shapes.update((i, tensor.shape) for i, tensor in zip(changed, tensors, strict=True))  # resized
-        elif output is None or not varying or name in _METADATA:
-            return output
-        elif not learned:
-            self.graph.decides = True
-            return output
         else:
-            self.problem = self.problem or f"what {name} gives decides what the model does next, or leaves torch"
+            if output is not None and name not in _METADATA:
+                self._leaves(step, output)
             return output
         in_place = {alias for index in changed if index in step.inputs for alias in self.graph.aliases(index)}
         self.graph.interact |= not in_place.isdisjoint(self.graph.constants)  # the next batch finds other values
         if varying:
             self.graph.varying.update(changed, in_place)
+        elif not self.weights.isdisjoint(step.inputs):
+            self.weights.update(changed)
         if learned:  # how many rows of a packed sequence are of one step depends on the lengths alone
             self.graph.learned.update(changed[:1] if name == "_pack_padded_sequence" else changed, in_place)
         self.graph.operations.append(step)
         if call is not None and self.compares:
             self.results += tensors
         return output
+
+    def _leaves(self, step: Operation, output: Any) -> None:
+        """Note that something that is no tensor is computed of tensors: what the model does next may depend on it."""
+        if not self.graph.learned.isdisjoint(step.inputs):
+            self.problem = self.problem or f"what {step.name} gives decides what the model does next, or leaves torch"
+        elif not self.graph.varying.isdisjoint(step.inputs):
+            self.graph.decides = True
+        elif not self.weights.isdisjoint(step.inputs):
+            self.graph.routes = True
+            self.layers.numbers |= not isinstance(output, bool)
 
 
 def _deciding(name: str, args: tuple) -> list[Tensor]:

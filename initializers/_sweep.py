@@ -55,9 +55,12 @@ class Recorded:
 def recorded(layers: Layers, inputs: tuple[Tensor, ...]) -> Recorded:
     """Record the graph of the model."""
     graph = scales = reason = None
+    numbers = layers.numbers
     try:
         graph = scales = record(layers, inputs)
     except UngraphableError:
+        if layers.numbers > numbers:
+            layers.found.clear()  # weights that such numbers multiply are computed
         try:
             scales = record_once(layers, inputs, min(IMAGES_AT_A_TIME, len(inputs[0])))
             reached = {layer for layer, (_, rows) in _running(layers, inputs).items() if any(rows)}

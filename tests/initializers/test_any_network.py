@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -1346,6 +1347,60 @@ def test_rates_where_later_images_go_to_several_experts():
     rates = change_rate(model, torch.cat([dark[:16], torch.stack([dark[16:], bright], 1).flatten(0, 1)])).mean
     assert min(rates["experts.0.0"], rates["experts.1.0"]) > 0
     assert "experts.2.0" not in rates
+
+
+class Numbers(nn.Module):
+    """Numbers that are computed of weights, as `use` has it."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(768, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+        self.use = use
+
+    def forward(self, x):
+        return self.head(self.use(self, self.first(x.flatten(1)).relu()).relu())
+
+
+def divided(m, x):
+    return m.second(x / float(m.first.weight.detach().norm())) * m.second.weight.abs().max().item()
+
+
+def normalised(m, x):
+    return F.linear(x, m.second.weight / m.second.weight.norm().item(), m.second.bias)
+
+
+def checked(m, x):
+    assert torch.isfinite(m.second.weight).all()
+    return F.linear(x, 0.5 * m.second.weight, m.second.bias)
+
+
+@pytest.mark.parametrize(("use", "layers"), [(divided, 3), (normalised, 2), (checked, 3)])
+def test_numbers_that_are_computed_of_weights(images, use, layers):
+    torch.manual_seed(0)
+    model = Numbers(use)
+    report = initialize(model, images, between=False)
+    names = [row.name for row in report.layers]
+    assert names == (["first", "second", "head"] if layers == 3 else ["first", "head"])
+    assert [*report.kept] == ([] if layers == 3 else ["second.weight"])
+    assert_normalised(model, images, [name for name in names if use is divided or name != "second"])
+    assert rescale(model, images, nonhomogeneous="scale").spread_after < 1.01
+    assert rescale(model, images).output_change < 1e-5
+
+
+def test_a_weight_of_low_rank_is_computed(images):
+    class LowRank(Numbers):
+        def __init__(self):
+            super().__init__(lambda m, x: F.linear(x, m.second.weight + m.out @ m.down, m.second.bias))
+            self.out, self.down = nn.Parameter(torch.zeros(16, 4)), nn.Parameter(torch.randn(4, 16))
+
+    torch.manual_seed(0)
+    model = LowRank()
+    before = state(model)
+    report = initialize(model, images)
+    assert [row.name for row in report.layers] == ["first", "head"]
+    assert report.kept == {"out": "used by matmul", "down": "used by matmul", "second.weight": "used by add"}
+    assert torch.equal(model.down, before["down"])
+    assert torch.equal(model.second.weight, before["second.weight"])
 
 
 CONSTANTS = {
