@@ -390,10 +390,14 @@ def outputs_of(
         output = model(*inputs[:positional], **dict(zip(names, inputs[positional:], strict=True)))
     except InitializationError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         shapes = ", ".join(str(tuple(image.shape)) for image in inputs[:4]) + ", ..." * (len(inputs) > 4)
-        hint = "; pass the images alone, if the rest are targets, and images of one length, if they are lengths"
-        raise RejectedError(f"the model rejects images of shape {shapes}: {error}{hint * (positional > 1)}") from error
+        hint = ""
+        if positional > 1:
+            hint = "; pass the images alone, if the rest are targets, and images of one length, if they are lengths"
+        elif isinstance(error, LookupError | AttributeError):
+            hint = "; where it takes a dict or another object, wrap it in a module whose forward makes that of tensors"
+        raise RejectedError(f"the model rejects images of shape {shapes}: {error}{hint}") from error
     count = len(inputs[0])
     found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
     outputs = [tensor for tensor in found if tensor.ndim and len(tensor) == count]
@@ -421,9 +425,9 @@ def in_parts(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...
         if not _takes(model, inputs, names):
             raise
         raise InitializationError(
-            f"the model takes all {len(inputs[0])} rows together and not some of them ({error}): where they are one "
-            "thing, such as the nodes of a graph, they are one image: pass x[None], and a module whose forward is "
-            "torch.stack([model(one) for one in x])"
+            f"the model takes all {len(inputs[0])} rows together and not some of them ({error}): where several are one "
+            "thing, such as the nodes of a graph or the frames of a clip, they are one image: pass x[None], or "
+            "x.unflatten(0, (-1, frames)), and a module whose forward is torch.stack([model(one) for one in x])"
         ) from error
 
 
@@ -431,8 +435,10 @@ def _takes(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...])
     try:
         with torch.no_grad(), without_memory(model):
             outputs_of(model, inputs, names)
-    except InitializationError:
+    except RejectedError:
         return False
+    except InitializationError:  # as there are less clips than frames
+        return True
     return True
 
 

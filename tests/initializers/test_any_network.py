@@ -741,22 +741,25 @@ class Nodes(nn.Module):
         return x
 
 
+class Each(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return torch.stack([self.model(one) for one in x])
+
+
 @pytest.mark.parametrize("dense", [True, False])
 def test_the_nodes_of_one_graph(dense):
-    class Graphs(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return torch.stack([self.model(one) for one in x])
-
     torch.manual_seed(0)
     model, x = Nodes(dense), torch.randn(60, 5)
     for call in (initialize, rescale, change_rate, lsuv):
-        with pytest.raises(InitializationError, match=r"all 60 rows together .* pass x\[None\], and a module whose"):
+        with pytest.raises(
+            InitializationError, match=r"all 60 rows together .* pass x\[None\], or .* and a module whose"
+        ):
             call(model, x)
-    initialize(Graphs(model), x[None], between=False)
+    initialize(Each(model), x[None], between=False)
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
@@ -764,10 +767,67 @@ def test_the_nodes_of_one_graph(dense):
     model(x)
     for output in found.values():
         torch.testing.assert_close(output.std(0, correction=0), torch.ones(output.shape[1]), rtol=0, atol=1e-4)
-    report = initialize(Graphs(model), x[None])
+    report = initialize(Each(model), x[None])
     assert len(found) == 3
     assert report.spread_after < 1.001
     assert report.output_change < 1e-5
+
+
+def test_the_frames_of_a_clip(images):
+    class Shifted(nn.Module):
+        """Half of the channels come from the frame before; a clip has four frames, which are rows of the batch."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.first(x).relu().unflatten(0, (-1, 4))
+            x = torch.cat([x[:, :, :4], F.pad(x[:, :-1, 4:], (0, 0) * 3 + (1, 0))], 2).flatten(0, 1)
+            return self.head(self.second(x).relu().mean((2, 3))).unflatten(0, (-1, 4)).mean(1)
+
+    torch.manual_seed(0)
+    model = Shifted()
+    before = state(model)
+    for call in (initialize, rescale, change_rate, lsuv):
+        with pytest.raises(InitializationError, match=r"all 48 rows .* x\.unflatten\(0, \(-1, frames\)\), and"):
+            call(model, images)
+        assert_same(model, before)
+    initialize(Each(model), images.unflatten(0, (-1, 4)), between=False)
+    assert_normalised(model, images, ["first", "second", "head"])
+    assert initialize(Each(model), images.unflatten(0, (-1, 4))).spread_after < 1.001
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+@pytest.mark.parametrize(
+    "forward", [lambda m, x: m.head(x["image"].flatten(1)), lambda m, x: m.head(x.image.flatten(1))]
+)
+def test_a_model_that_takes_an_object(images, forward):
+    class Dict(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(768, 5)
+
+        def forward(self, x):
+            return forward(self, x)
+
+    class Wrapped(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, image):
+            return self.model(Batch(image=image))
+
+    class Batch(dict):
+        __getattr__ = dict.__getitem__
+
+    for call in (initialize, rescale, change_rate, lsuv):
+        with pytest.raises(InitializationError, match="where it takes a dict or another object, wrap it in a module"):
+            call(Dict(), {"image": images})
+    model = Dict()
+    initialize(Wrapped(model), {"image": images})
+    assert model.head(images.flatten(1)).std(0, correction=0).mean().item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("sizes", [lambda n: n > 4, lambda n: n % 16 == 0, lambda n: n % 5 == 0])
