@@ -59,7 +59,7 @@ def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: in
             exponents = {name: round(exponent) for name, exponent in exponents.items()}
             change = insert(exponents)
         function.check(change)
-        after = Layers(model, layers.names, trainable=True)
+        after = layers.anew()
         last = usable_rates(after, images, seed, draws=RATE_DRAWS)
     except BaseException:
         remove()

@@ -19,7 +19,7 @@ class Function:
     """
 
     def __init__(self, layers: Layers, inputs: tuple[Tensor, ...]) -> None:
-        self.layers = Layers(layers.model, layers.names, layers.trainable)  # which notes no dropout that is off here
+        self.layers = layers.anew()  # which notes no dropout that is off here
         self.inputs = some(inputs, IMAGES)
         self.outputs, self.others = self._compute([])
 

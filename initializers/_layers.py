@@ -58,6 +58,11 @@ class Layers:
     random: set[str] = field(default_factory=set)  # names of functions that drew random numbers
     computed: bool = False  # whether the weight of a use was computed of parameters
     numbers: bool = False  # whether numbers are computed of weights, so that one that multiplies weights may change
+    apart: set[str] = field(default_factory=set)  # of what is found, what computes weights of others, and is no layer
+
+    def anew(self) -> "Layers":
+        """The layers of the same model, of which nothing ran yet."""
+        return Layers(self.model, self.names, self.trainable, numbers=self.numbers, apart=self.apart)
 
     @cached_property
     def _parameters(self) -> dict[int, list[tuple[str, Tensor]]]:
@@ -150,6 +155,8 @@ class Layers:
         if function not in MODULE_FUNCTIONS and self.owner(source_of(given["input"], sources)[0]) is not None:
             return None  # of two parameters some weight is computed, as of low rank
         name = self._name(weight)
+        if name in self.apart:
+            return None
         if name is None or self._is_kept(weight) or weight.is_complex():
             self.computed |= name is None and function in MODULE_FUNCTIONS and not self._is_buffer(weight)
             return None

@@ -637,10 +637,11 @@ class _Propagation(Labels):
 
     def _note_others(self, operation: Operation, name: str) -> None:
         """Note uses of parameters of affine layers, and of buffers, other than as what they are."""
-        if operation.call is not None:
-            return
         fixed, owner = self.graph.fixed, self.graph.layers.owner
-        tensors = [fixed[index] for index in operation.inputs if index in fixed]
+        inputs = operation.inputs
+        if operation.call is not None:
+            inputs = [input_of(operation.name, operation.args, operation.kwargs).index]
+        tensors = [fixed[index] for index in inputs if index in fixed]
         given = self.graph.fixed_args(operation)
         known = tuple(self.computed.get(memory(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in given)
         scaled = self.graph.layers.scaling(operation.func, known)

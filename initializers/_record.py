@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from initializers._calls import input_of
+from initializers._calls import AFFINE, MODULE_FUNCTIONS, input_of
 from initializers._graph import IMAGES_AT_A_TIME, SIZES, Graph, Operation, Ref, Size, at_size, map_tree
 from initializers._layer import Call
 from initializers._layers import AffineMode, Layers
@@ -124,7 +124,7 @@ def _interact_in_full(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
     with without_dropout(layers.model):
         for size in SIZES:
             torch.manual_seed(0)
-            results.append(_record(Layers(layers.model, layers.names), inputs, size)[1])
+            results.append(_record(layers.anew(), inputs, size)[1])
     return _interact(*results)
 
 
@@ -171,6 +171,7 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Grap
     inputs = tuple(torch.cat([x[:size]] * size)[:size] for x in inputs)
     recorder = _Recorder(layers, compares=size in SIZES)
     recorder.graph.inputs = [recorder.new(x, varying=True) for x in inputs]
+    recorder.images.update(recorder.graph.inputs)
     norms = [m for m in layers.model.modules() if isinstance(m, NORMS)]
     hooks = [norm.register_forward_pre_hook(recorder.enter) for norm in norms]
     hooks += [m.register_forward_pre_hook(recorder.drops) for m in dropouts(layers.model).values()]
@@ -184,6 +185,11 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Grap
     finally:
         for hook in hooks:
             hook.remove()
+    if recorder.computing - layers.apart or recorder.numbers > layers.numbers:
+        layers.apart |= recorder.computing
+        layers.numbers |= recorder.numbers
+        layers.found.clear()  # which knows less
+        return _record(layers, inputs, size)
     graph = recorder.graph
     graph.outputs = [recorder.value(output) for output in outputs]
     graph.others = [recorder.value(other) for other in others]
@@ -206,6 +212,10 @@ class _Recorder(AffineMode):
         self.modules: list[nn.Module] = []
         self.problem = ""  # why the graph does not tell what the model does
         self.weights: set[int] = set()  # parameters that may be weights of layers, and what is computed of them alone
+        self.numbers = False  # whether numbers are computed of those
+        self.images: set[int] = set()  # values that depend on the images
+        self.uses: dict[int, set[str]] = {}  # names of the layers by which values that do not were computed
+        self.computing: set[str] = set()  # those that compute the weight or the bias of another
 
     def enter(self, module: nn.Module, _) -> None:
         self.modules.append(module)
@@ -299,12 +309,28 @@ class _Recorder(AffineMode):
             self.graph.varying.update(changed, in_place)
         elif not self.weights.isdisjoint(step.inputs):
             self.weights.update(changed)
+        self._note_computed(step, changed, in_place)
         if learned:  # how many rows of a packed sequence are of one step depends on the lengths alone
             self.graph.learned.update(changed[:1] if name == "_pack_padded_sequence" else changed, in_place)
         self.graph.operations.append(step)
         if call is not None and self.compares:
             self.results += tensors
         return output
+
+    def _note_computed(self, step: Operation, changed: list[int], in_place: set[int]) -> None:
+        """Note which layers compute weights or biases of others, of parameters alone, as in re-parametrized blocks."""
+        if self.images.isdisjoint(step.inputs):
+            names = set().union(*(self.uses.get(index, ()) for index in step.inputs))
+            names |= {step.call.layer.name} if step.call is not None else set()
+            if names:
+                self.uses.update(dict.fromkeys([*changed, *in_place], names))
+            return
+        self.images.update(changed, in_place)
+        if step.name in MODULE_FUNCTIONS:
+            given = dict(zip(AFFINE[step.name], step.args, strict=False)) | step.kwargs
+            for part in (given["weight"], given.get("bias")):
+                if part is not None:
+                    self.computing |= self.uses.get(part.index, set())
 
     def _leaves(self, step: Operation, output: Any) -> None:
         """Note that something that is no tensor is computed of tensors: what the model does next may depend on it."""
@@ -314,7 +340,7 @@ class _Recorder(AffineMode):
             self.graph.decides = True
         elif not self.weights.isdisjoint(step.inputs):
             self.graph.routes = True
-            self.layers.numbers |= not isinstance(output, bool)
+            self.numbers |= not isinstance(output, bool)
 
 
 def _deciding(name: str, args: tuple) -> list[Tensor]:

@@ -55,12 +55,9 @@ class Recorded:
 def recorded(layers: Layers, inputs: tuple[Tensor, ...]) -> Recorded:
     """Record the graph of the model."""
     graph = scales = reason = None
-    numbers = layers.numbers
     try:
         graph = scales = record(layers, inputs)
     except UngraphableError:
-        if layers.numbers > numbers:
-            layers.found.clear()  # weights that such numbers multiply are computed
         try:
             scales = record_once(layers, inputs, min(IMAGES_AT_A_TIME, len(inputs[0])))
             reached = {layer for layer, (_, rows) in _running(layers, inputs).items() if any(rows)}
@@ -172,7 +169,7 @@ def _find_masks(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
     def run() -> None:
         with forked_random(inputs[0].device), without_dropout(layers.model), without_memory(layers.model):
             few = tuple(x[:2] for x in inputs)
-            forward(Layers(layers.model, layers.names), few, lambda call, x, compute: compute())
+            forward(layers.anew(), few, lambda call, x, compute: compute())
 
     def sizes() -> dict[str, Tensor]:
         """The norm of each row of the weights of each layer."""

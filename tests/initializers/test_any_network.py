@@ -644,16 +644,16 @@ def test_images_without_a_dimension_for_images(images, middle, filters):
 
 
 class Generated(nn.Module):
-    """Weights, offsets and a map that layers make of a vector, a number and coordinates, without the images."""
+    """Factors, offsets and a map that layers make of a vector, a number and coordinates, without the images."""
 
     def __init__(self):
         super().__init__()
         self.code = nn.Parameter(torch.randn(4))
-        self.weights, self.offset, self.map = nn.Linear(4, 216), nn.Linear(1, 8), nn.Conv2d(1, 8, 3)
-        self.head = nn.Linear(8, 5)
+        self.conv, self.factors = nn.Conv2d(3, 8, 3), nn.Linear(4, 8)
+        self.offset, self.map, self.head = nn.Linear(1, 8), nn.Conv2d(1, 8, 3), nn.Linear(8, 5)
 
     def forward(self, x):
-        x = nn.functional.conv2d(x, self.weights(self.code).view(8, 3, 3, 3))
+        x = self.conv(x) * self.factors(self.code)[:, None, None]
         grid = torch.linspace(-1, 1, 16).expand(1, 16, 16)
         x = x + self.offset(x.new_tensor([0.5]))[:, None, None] + self.map(grid)
         return self.head(x.relu().mean((2, 3)))
@@ -664,11 +664,11 @@ def test_layers_of_what_has_no_dimension_for_images(images, filters):
     torch.manual_seed(0)
     model = Generated()
     report = initialize(model, images, filters, between=False)
-    assert {row.name for row in report.layers if "same for all images" in row.note} == {"weights", "offset"}
+    assert {row.name for row in report.layers if "same for all images" in row.note} == {"factors", "offset"}
     grid = torch.linspace(-1, 1, 16).expand(1, 1, 16, 16)
     assert (model.map(grid).std((0, 2, 3), correction=0) - 1).abs().max() < 1e-3
-    assert model.weights(model.code).sub(0.1).square().mean().item() == pytest.approx(1, abs=1e-3)
-    assert_normalised(model, images, ["head"])
+    assert model.factors(model.code).sub(0.1).square().mean().item() == pytest.approx(1, abs=1e-3)
+    assert_normalised(model, images, ["conv", "head"])
     assert initialize(model, images, filters).output_change < 1e-5
 
 
@@ -1461,6 +1461,77 @@ def test_a_weight_of_low_rank_is_computed(images):
     assert report.kept == {"out": "used by matmul", "down": "used by matmul", "second.weight": "used by add"}
     assert torch.equal(model.down, before["down"])
     assert torch.equal(model.second.weight, before["second.weight"])
+
+
+class Merged(nn.Module):
+    """A convolution whose weights two others compute, as re-parametrized blocks do when they are run."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.narrow, self.wide = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        kernel = F.conv2d(self.wide.weight, self.narrow.weight.transpose(0, 1))
+        bias = F.conv2d(self.narrow.bias.view(1, -1, 1, 1).expand(-1, -1, 3, 3), self.wide.weight, self.wide.bias)
+        return self.head(F.conv2d(x, kernel, bias.flatten()).relu().mean((2, 3)))
+
+
+class Static(nn.Module):
+    """The weights of a convolution come from a small network, which sees a vector and no image."""
+
+    def __init__(self):
+        super().__init__()
+        self.code = nn.Parameter(torch.randn(1, 6))
+        self.hidden, self.out = nn.Linear(6, 16), nn.Linear(16, 8 * 3 * 9)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        weight = self.out(self.hidden(self.code).relu()).view(8, 3, 3, 3)
+        return self.head(F.conv2d(x, weight).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "kept"),
+    [
+        (Merged, ["first", "head"], dict.fromkeys(["narrow.weight", "wide.weight"], "used by conv2d")),
+        (Static, ["head"], dict.fromkeys(["code", "hidden.weight", "out.weight"], "used by linear")),
+    ],
+)
+def test_layers_that_compute_the_weights_of_others(images, make, layers, kept):
+    torch.manual_seed(0)
+    model = make()
+    before = state(model)
+    report = initialize(model, images, between=False)
+    assert [row.name for row in report.layers] == layers
+    assert report.kept == kept
+    assert all(torch.equal(model.get_parameter(name), before[name]) for name in kept)
+    assert_normalised(model, images, layers)
+    assert rescale(model, images).output_change < 1e-5
+    report = rescale(model, images, nonhomogeneous="scale")
+    assert report.spread_after < 1.01
+    assert report.output_change < 1e-5
+    assert [row.name for row in lsuv(model, images).layers] == layers
+
+
+def test_a_weight_that_another_layer_takes_for_its_input(images):
+    class Classes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.project, self.head = nn.Linear(768, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+        def forward(self, x):
+            x = self.embed(x.flatten(1)).relu()
+            return self.head(x), x @ self.project(self.head.weight).T
+
+    torch.manual_seed(0)
+    model = Classes()
+    initialize(model, images, between=False)
+    before = model(images)
+    assert rescale(model, images).output_change < 1e-5
+    for output, target in zip(model(images), before, strict=True):
+        torch.testing.assert_close(output, target, rtol=1e-4, atol=1e-5)
 
 
 CONSTANTS = {
