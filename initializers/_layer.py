@@ -66,6 +66,12 @@ class Layer:
         """Number of inputs of each output, of one group."""
         return self.blocks.shape[2] * self.blocks.shape[3]
 
+    @property
+    def hidden(self) -> Tensor:
+        """Output channels of which the mask hides all weights; bool (out_channels,)."""
+        mask = torch.ones_like(self.weight) if self.mask is None else self.mask
+        return ~self.as_blocks(mask.detach()).flatten(3).any(3).any(2).flatten()
+
     def set_weight(self, blocks: Tensor) -> None:
         """Compute with these weights (groups, outputs, inputs, kernel) from now on, and with no bias."""
         if self.factor is not None:

@@ -527,21 +527,19 @@ class _Propagation(Labels):
         low, high = _given(operation, ("input", "min", "max"), ("min", "max"))
         return [self._of(operation.args[0])] if low == 0 and type(low) in (int, float) and high is None else None
 
-    def _set(self, operation: Operation) -> list[Tensor] | None:
+    def _set(self, operation: Operation) -> list[Tensor]:
         target, where, value = operation.args
-        labels, given = full(ZERO, self.graph.shapes[target.index]).clone(), self._of(value)
-        if self._varies(where):  # rows, or what a mask chooses: any may be among them
-            rest = labels.ndim - len(self.graph.shapes[where.index])
-            if given.ndim > rest + 1:
-                return None
-            self._pin(self._of(where))
-            where, given = ..., self._uniform(given, (0,)).squeeze(0) if given.ndim > rest else given
-        found = []
-        map_tree(where, lambda leaf: found.append(leaf) if isinstance(leaf, Ref) else None)
-        if any(map(self._varies, found)):
-            return None
-        index = map_tree(where, lambda leaf: resolve(leaf, self.graph.fixed, SIZES[0]))
-        labels[index] = given
+        shape, given = self.graph.shapes[target.index], self._of(value)
+        chosen = []
+        map_tree(where, lambda leaf: chosen.append(leaf) if self._varies(leaf) else None)
+        if chosen:  # any place may be among them
+            for index in chosen:
+                self._pin(self._of(index))
+            label = self._uniform(given, range(given.ndim)).flatten()[0].item()
+            labels = full(int(label), shape)
+        else:
+            labels = full(ZERO, shape).clone()
+            labels[map_tree(where, lambda leaf: resolve(leaf, self.graph.fixed, SIZES[0]))] = given
         self._overwrite(target.index, labels)
         return []
 

@@ -62,23 +62,24 @@ def initialize_within(
             if row.filters == "gaussian" and not rule.normalise:
                 layer.weight.mul_(rule.factors.get(layer.name, 1.0))
 
+        seen = ~layer.hidden
         if layer.mask is not None:
-            free = " and its mean is as it comes" if layer.bias is None else ""
-            row.add_note(f"the model's forward pass sets some of its weights to 0{free}")
+            row.add_note(_mask_note(layer, seen))
         rounding = _rounding(layer, inputs)
         del inputs
         outputs = compute()
         mu, sigma = _statistics(layer, outputs)
-        row.mean_before, row.std_before = mu.mean().item(), sigma.mean().item()
+        row.mean_before, row.std_before = mu[seen].mean().item(), sigma[seen].mean().item()
         if rule.normalise and tied is None:
             flat = sigma <= rounding.maximum(FLAT * mu.abs())
             if flat.all() and report.images > 1:
                 row.add_note(_normalise_still(layer, outputs, mu, rule.beta))
             else:
-                dead = _dead_groups(layer, flat, report.images)
+                dead = _dead_groups(layer, flat & seen, report.images)
+                sigma = torch.where(seen, sigma, 1.0)
                 row.add_note(_normalise_channels(layer, outputs, mu, sigma, dead, rule.beta))
             mu, sigma = _statistics(layer, outputs)
-            row.mean_after, row.std_after = mu.mean().item(), sigma.mean().item()
+            row.mean_after, row.std_after = mu[seen].mean().item(), sigma[seen].mean().item()
         row.seconds = time.perf_counter() - start
 
     sweep(layers, inputs, known, visit)
@@ -90,6 +91,14 @@ def _set_filters(
     weights, row.filters, note = draw_filters(kind, call, inputs, generator, centre)
     row.add_note(note)
     call.layer.set_weight(weights)
+
+
+def _mask_note(layer: Layer, seen: Tensor) -> str:
+    """What the mask of a layer does; `seen` are the channels that have weights left, bool (out_channels,)."""
+    note = "the model's forward pass sets some of its weights to 0"
+    if not seen.all():
+        note += f", and all of those of {int((~seen).sum())} of {len(seen)} channels"
+    return f"{note} and its mean is as it comes" if layer.bias is None else note
 
 
 def _rounding(layer: Layer, inputs: list[Tensor]) -> Tensor:

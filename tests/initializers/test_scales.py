@@ -431,6 +431,23 @@ def chosen_places(m, x):
     return y[torch.arange(len(y)).unsqueeze(1), y.mean(2).argsort(1)].mT.unflatten(2, (6, 6))
 
 
+def assigned_to_places(m, x):
+    """Half of the positions, which differ from image to image, are written into zeros."""
+    y, rows = m.a(x).flatten(2).mT, torch.arange(len(x)).unsqueeze(1)
+    places = y.mean(2).topk(18)[1]
+    z = torch.zeros_like(y)
+    z[rows, places] = y[rows, places]
+    return (m.b(x).flatten(2).mT + z).mT.unflatten(2, (6, 6))
+
+
+def assigned_by_mask(m, x):
+    y = m.a(x).movedim(1, -1).contiguous()
+    z = torch.zeros_like(y)
+    z[...] = y
+    z[y.mean(-1) > 0] = 0
+    return m.b(x) + z.movedim(-1, 1)
+
+
 NETWORKS = {
     "residual": (lambda m, x: x + m.b(F.relu(m.a(x))), 2),
     "residual everywhere": (lambda m, x: m.c(m.b(m.a(x) + x) + x), 2),
@@ -502,6 +519,9 @@ NETWORKS = {
         lambda m, x: m.a(x)[..., x.mean((0, 1, 2)).argsort(), None][:, :, x.mean((0, 1, 3)).argsort(), :, 0], 2),
     "index_select, by values": (lambda m, x: m.a(x).index_select(2, x.mean((0, 1, 3)).argsort()), 2),
     "index_select of channels": (lambda m, x: cat(m.a(x), x).index_select(1, x.mean((0, 2, 3)).argsort()), 1),
+    "assigned to chosen places": (assigned_to_places, 2),
+    "zeros assigned by a mask": (assigned_by_mask, 2),
+    "constants assigned": (lambda m, x: [x.__setitem__(x < 0, 1), m.a(x)][1], 1),
     "zeros assigned": (lambda m, x: [x.__setitem__(x < 0, 0), m.a(x)][1], 2),
     "shared layer": (lambda m, x: m.a(F.relu(m.a(x))), 1),
     "shared layer without bias": (lambda m, x: m.no_bias(F.relu(m.no_bias(x))), 2),

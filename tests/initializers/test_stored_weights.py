@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from initializers import InitializationError, change_rate, initialize, lsuv, rescale
 
+CLOSE = {"rtol": 0, "atol": 1e-3}
+
 
 @pytest.fixture
 def images():
@@ -241,6 +243,52 @@ def test_pruned_layers(images):
     assert torch.equal(model[2].weight_mask, mask)
     prune.remove(model[2], "weight")
     assert torch.equal(model[2].weight == 0, mask == 0)
+
+
+@pytest.mark.parametrize("filters", ["kmeans", "gaussian"])
+def test_channels_that_are_pruned_whole(images, filters):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5))
+    prune.ln_structured(model[0], "weight", 0.25, n=2, dim=0)
+    prune.random_structured(model[2], "weight", 0.5, dim=0)
+    report = initialize(model, images, filters)
+    notes = {row.name: row.note for row in report.layers}
+    assert notes["0.weight_orig"].endswith("sets some of its weights to 0, and all of those of 2 of 8 channels")
+    assert all(row.std_after == pytest.approx(1, abs=1e-3) for row in report.layers)
+    assert report.output_change < 1e-5
+    initialize(model, images, filters, between=False)
+    x = images
+    for layer in model:
+        x = layer(x)
+        if hasattr(layer, "weight_mask"):
+            left = layer.weight_mask.flatten(1).any(1)
+            torch.testing.assert_close(x[:, left].std((0, 2, 3), correction=0), torch.ones(int(left.sum())), **CLOSE)
+            torch.testing.assert_close(x.mean((0, 2, 3)), torch.full((8,), 0.1), **CLOSE)
+            assert (x[:, ~left] == 0.1).all()
+
+
+def test_an_autoregressive_network(images):
+    """Its first output sees no input, as a mask hides them all."""
+
+    class MaskedLinear(nn.Linear):
+        def __init__(self, inputs, outputs, strict):
+            super().__init__(inputs, outputs)
+            degrees = [torch.arange(size) % (5 if size == 16 else 6) for size in (outputs, inputs)]
+            mask = degrees[0].unsqueeze(1) > degrees[1] if strict else degrees[0].unsqueeze(1) >= degrees[1]
+            self.register_buffer("mask", mask.float())
+
+        def forward(self, x):
+            return F.linear(x, self.weight * self.mask, self.bias)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(MaskedLinear(6, 16, False), nn.ReLU(), MaskedLinear(16, 6, True)), images.flatten(1)[:, :6]
+    initialize(model, x, between=False)
+    output = model(x)
+    assert (output[:, 0] == 0.1).all()
+    torch.testing.assert_close(output[:, 1:].std(0, correction=0), torch.ones(5), **CLOSE)
+    before = model(x)
+    assert rescale(model, x).spread_after < 1.01
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
 
 
 def test_parametrizations_and_hooks_that_multiply(images):
