@@ -60,6 +60,7 @@ def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: in
             change = insert(exponents)
         function.check(change)
         after = layers.anew()
+        after.random |= layers.random
         last = usable_rates(after, images, seed, draws=RATE_DRAWS)
     except BaseException:
         remove()

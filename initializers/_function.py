@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from initializers._layers import Layers, forward
-from initializers._model import InitializationError, without_dropout, without_memory
+from initializers._model import InitializationError, seed_all, without_dropout, without_memory
 
 IMAGES = 32  # on which the function must not change
 IMAGES_AT_A_TIME = 16
@@ -50,7 +50,7 @@ class Function:
     @torch.no_grad()
     def _compute(self, factors: list[float]) -> tuple[Tensor, Tensor]:
         """All outputs, each divided by its factor, as one vector, and all else that is returned, such as a loss."""
-        torch.manual_seed(0)  # for models that draw random numbers even in evaluation mode
+        seed_all(0)  # for models that draw random numbers even in evaluation mode
         parts: list[Tensor] = []
         others: list[Tensor] = []
         with without_dropout(self.layers.model):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import random
 import sys
 import threading
 import types
@@ -73,12 +74,13 @@ def _unchanged_on_error(model: nn.Module, seed: int, training: bool) -> Iterator
     flags = [(module, module.training) for module in model.modules()]
     restore = snapshot(model)
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
+    generators = [(generator, generator.getstate()) for generator in _other_generators().values()]
     for module in model.modules():  # by the flag alone: `train()` of some models merges adapters into weights
         normalises = getattr(module, "running_mean", None) is not None
         module.training = isinstance(module, nn.modules.dropout._DropoutNd) or (training and not normalises)
     try:
         with _plain_modes(model), torch.random.fork_rng(devices=list(devices)), unnormalised(model):
-            torch.manual_seed(seed)  # of dropout, and of models that draw random numbers even in evaluation mode
+            seed_all(seed)  # of dropout, and of models that draw random numbers even in evaluation mode
             yield
     except BaseException:
         restore()
@@ -87,6 +89,45 @@ def _unchanged_on_error(model: nn.Module, seed: int, training: bool) -> Iterator
         _values.clear()
         for module, flag in flags:
             module.training = flag
+        for generator, state in generators:
+            generator.setstate(state)
+
+
+class _NumpyRandom:
+    """numpy's global generator, with the methods of Python's."""
+
+    def __init__(self, numpy: Any) -> None:
+        self.seed, self._random = numpy.random.seed, numpy.random
+
+    def getstate(self) -> tuple:
+        name, keys, *rest = self._random.get_state()
+        return name, tuple(keys.tolist()), *rest
+
+    def setstate(self, state: tuple) -> None:
+        self._random.set_state(state)
+
+
+def _other_generators() -> dict[str, Any]:
+    """The generators of random numbers, by name, which are not torch's and which a model may draw from."""
+    numpy = sys.modules.get("numpy")
+    return {"random": random} | ({} if numpy is None else {"numpy.random": _NumpyRandom(numpy)})
+
+
+def seed_all(seed: int) -> None:
+    """Seed all global generators of random numbers."""
+    torch.manual_seed(seed)
+    for generator in _other_generators().values():
+        generator.seed(seed % 2**32)
+
+
+@contextmanager
+def noting_random(names: set[str]) -> Iterator[None]:
+    """Add to `names` the generators, other than torch's, that are drawn from inside."""
+    before = {name: generator.getstate() for name, generator in _other_generators().items()}
+    try:
+        yield
+    finally:
+        names |= {name for name, generator in _other_generators().items() if generator.getstate() != before.get(name)}
 
 
 def _check_parameter(name: str, parameter: Tensor) -> None:
@@ -401,6 +442,8 @@ def outputs_of(
     count = len(inputs[0])
     found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
     outputs = [tensor for tensor in found if tensor.ndim and len(tensor) == count]
+    if not outputs and count == 1:  # as where all dimensions of one element are squeezed
+        found = outputs = [tensor.unsqueeze(0) for tensor in ([x for x in found if x.ndim] or found)]
     if others is not None:
         others += [tensor for tensor in found if not (tensor.ndim and len(tensor) == count)]
     if not outputs and isinstance(output, list | tuple) and len(output) == count:

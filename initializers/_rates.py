@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from initializers._inputs import as_inputs
 from initializers._layer import PIECE, Call, Layer
 from initializers._layers import Layers, forward
-from initializers._model import InitializationError, in_parts, unchanged_on_error, unwrapped, without_memory
+from initializers._model import InitializationError, in_parts, seed_all, unchanged_on_error, unwrapped, without_memory
 from initializers._plot import plot_rates
 
 RATE_DRAWS = 4  # top gradients for each image, where a step is exact and need not be repeated
@@ -177,7 +177,7 @@ def measure(
     if layers.per_image is None:
         layers.per_image = _rows_are_images(layers, inputs)
     batch = IMAGES_AT_A_TIME if layers.per_image else 1
-    torch.manual_seed(seed)  # for models that draw random numbers even in evaluation mode
+    seed_all(seed)  # for models that draw random numbers even in evaluation mode
     squares: dict[str, Tensor] = {}
     used: dict[str, Layer] = {}
     tops = []
@@ -250,7 +250,7 @@ def _rounding(layers: Layers, inputs: tuple[Tensor, ...], names: list[str], seed
     but rounding. Seen on the first images.
     """
     generator = torch.Generator(inputs[0].device).manual_seed(seed)
-    torch.manual_seed(seed)
+    seed_all(seed)
     batch = IMAGES_AT_A_TIME if layers.per_image else 1
     with without_memory(layers.model):
         gradients, top = _with_graph(layers, tuple(x[:batch] for x in inputs))

@@ -23,6 +23,7 @@ from initializers._model import (
     outputs_of,
     same_bits,
     scripted,
+    seed_all,
     tensors_of,
     without_dropout,
     without_memory,
@@ -123,7 +124,7 @@ def _interact_in_full(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
     results = []
     with without_dropout(layers.model):
         for size in SIZES:
-            torch.manual_seed(0)
+            seed_all(0)
             results.append(_record(layers.anew(), inputs, size)[1])
     return _interact(*results)
 

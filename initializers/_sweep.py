@@ -14,6 +14,7 @@ from initializers._model import (
     InitializationError,
     dropouts,
     forked_random,
+    noting_random,
     other_dropout,
     without_dropout,
     without_memory,
@@ -56,7 +57,8 @@ def recorded(layers: Layers, inputs: tuple[Tensor, ...]) -> Recorded:
     """Record the graph of the model."""
     graph = scales = reason = None
     try:
-        graph = scales = record(layers, inputs)
+        with noting_random(layers.random):
+            graph = scales = record(layers, inputs)
     except UngraphableError:
         try:
             scales = record_once(layers, inputs, min(IMAGES_AT_A_TIME, len(inputs[0])))

@@ -1,7 +1,9 @@
 """Networks as people write them: right, noted, or one clear error. Statistics are measured with hooks of their own."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1532,6 +1534,67 @@ def test_a_weight_that_another_layer_takes_for_its_input(images):
     assert rescale(model, images).output_change < 1e-5
     for output, target in zip(model(images), before, strict=True):
         torch.testing.assert_close(output, target, rtol=1e-4, atol=1e-5)
+
+
+def turned(x):
+    return torch.rot90(x, random.randint(0, 3), (2, 3))
+
+
+def shaken(x):
+    return x + torch.from_numpy(np.random.randn(*x.shape)).float()  # noqa: NPY002, the global one
+
+
+@pytest.mark.parametrize(("draw", "name"), [(turned, "random"), (shaken, "numpy.random")])
+def test_numbers_that_are_drawn_outside_of_torch(images, draw, name):
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.conv(draw(x)).relu().mean((2, 3)))
+
+    def states():
+        return random.getstate(), [*map(str, np.random.get_state())], torch.get_rng_state().tolist()  # noqa: NPY002
+
+    weights = []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        torch.manual_seed(0)
+        model = Drawing()
+        before = states()
+        report = initialize(model, images, nonhomogeneous="scale")
+        assert states() == before
+        assert report.random == [name]
+        assert report.spread_after < 1.01
+        change_rate(model, images)
+        with pytest.raises(InitializationError):
+            initialize(model, images * torch.nan)
+        assert states() == before
+        weights.append(state(model))
+    assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize("squeeze", [torch.squeeze, lambda x: x.view(-1, 5).squeeze()])
+def test_one_image_whose_output_is_squeezed(images, squeeze):
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1 if squeeze is torch.squeeze else 5, 14)
+
+        def forward(self, x):
+            return squeeze(self.head(self.conv(x).relu()))
+
+    torch.manual_seed(0)
+    model = Squeezed()
+    initialize(model, images, between=False)
+    before = model(images)
+    for options in ({}, {"nonhomogeneous": "scale"}):
+        assert rescale(model, images, **options).spread_after < 1.01
+        torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)
+    assert change_rate(model, images).spread < 1.5
+    assert [*change_rate(model, images[:1]).columns] == ["conv", "head"]
 
 
 CONSTANTS = {
