@@ -299,6 +299,37 @@ def test_families_are_those_of_the_table():
     assert all(row in DOCS["families"] for row in rows)
 
 
+def test_when_it_helps_is_that_of_the_records():
+    table = pd.read_csv(ROOT / "results" / "tables" / "small_images.csv")
+    table = table[table["preset"].str.endswith(", 500 training images")]
+    lines = [
+        line.split("|")[2:-1] for line in DOCS["initializers"].splitlines() if re.match(r"\| .*, (Adam|SGD) \|", line)
+    ]
+    stated, inits = [[cell.strip() for cell in line] for line in lines], ("torch", "lsuv", "gaussian", "kmeans")
+    mean = {}
+    for network, cells in zip(("convnext_atto", "resnet18"), stated, strict=True):
+        for init, cell in zip(inits, cells, strict=True):
+            runs = table[table["preset"].str.contains(network) & (table["init"] == init)]
+            assert sorted(runs["seed"]) == [0, 1, 2]
+            (lr,), found = {*runs["config.optimizer.lr"]}, runs["top1"].dropna()
+            diverging = {3: "", 2: ", one of three diverges"}[len(found)]
+            assert cell == f"{found.mean():.1f} ± {found.std():.1f} / {lr:g}{diverging}"
+            mean[network, init] = found.mean()
+    text = " ".join(DOCS["initializers"].split())
+    gains = [mean[network, "kmeans"] - mean[network, "torch"] for network in ("resnet18", "convnext_atto")]
+    assert "by {:.1f} points of PyTorch's default without BatchNorm, and by {:.1f}, little".format(*gains) in text
+    spread = [
+        table[table["preset"].str.contains("convnext_atto") & (table["init"] == init)]["top1"].var()
+        for init in ("torch", "kmeans")
+    ]
+    assert 2 < gains[1] / (sum(spread) / 3) ** 0.5 < 2.5
+    for network in ("convnext_atto", "resnet18"):
+        assert max(inits, key=lambda init, network=network: mean[network, init]) == "kmeans"
+        assert mean[network, "gaussian"] < mean[network, "torch"] - 1
+    assert abs(mean["convnext_atto", "lsuv"] - mean["convnext_atto", "torch"]) < 0.5
+    assert mean["resnet18", "lsuv"] < mean["resnet18", "torch"] - 1
+
+
 def test_the_spreads_of_figure_1_are_those_of_the_record():
     spreads = json.loads((ROOT / "results/figures/figure1.json").read_text())["spread"]
     text = " ".join(RESULTS.partition("## Change rates")[2].partition("\n## ")[0].split())
