@@ -40,6 +40,11 @@ _METADATA = {
     *("is_contiguous", "is_floating_point", "is_complex", "is_same_size", "type", "data_ptr", "result_type"),
     *("__len__", "__hash__", "__repr__", "__format__", "__get__", "__set__"),
 }
+# Functions that give the elements which they take.
+_RESHAPING = {
+    *("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "permute", "transpose", "movedim", "t", "T"),
+    *("mT", "contiguous", "squeeze", "unsqueeze", "chunk", "split", "unbind", "__getitem__", "expand"),
+}
 INTERACTION = 1e-3  # a relative change that is more than rounding
 _DIFFERENT = "what it does depends on the number of images, or a part of it cannot be seen"
 # Functions whose result has as many elements as the values of an argument decide, and its place.
@@ -215,7 +220,7 @@ class _Recorder(AffineMode):
         self.weights: set[int] = set()  # parameters that may be weights of layers, and what is computed of them alone
         self.numbers = False  # whether numbers are computed of those
         self.images: set[int] = set()  # values that depend on the images
-        self.uses: dict[int, set[str]] = {}  # names of the layers by which values that do not were computed
+        self.uses: dict[int, set[str]] = {}  # names of the layers by which such values as weights may be were computed
         self.computing: set[str] = set()  # those that compute the weight or the bias of another
 
     def enter(self, module: nn.Module, _) -> None:
@@ -319,15 +324,19 @@ class _Recorder(AffineMode):
         return output
 
     def _note_computed(self, step: Operation, changed: list[int], in_place: set[int]) -> None:
-        """Note which layers compute weights or biases of others, of parameters alone, as in re-parametrized blocks."""
-        if self.images.isdisjoint(step.inputs):
+        """Note which layers compute weights or biases of others: of parameters alone, as in re-parametrized blocks, or
+        of the images and no further, as where each image has a kernel of its own."""
+        images = not self.images.isdisjoint(step.inputs)
+        names = set()
+        if not images or step.name in _RESHAPING:
             names = set().union(*(self.uses.get(index, ()) for index in step.inputs))
-            names |= {step.call.layer.name} if step.call is not None else set()
-            if names:
-                self.uses.update(dict.fromkeys([*changed, *in_place], names))
-            return
-        self.images.update(changed, in_place)
-        if step.name in MODULE_FUNCTIONS:
+        if step.call is not None:
+            names = names | {step.call.layer.name}
+        if names:
+            self.uses.update(dict.fromkeys([*changed, *in_place], names))
+        if images:
+            self.images.update(changed, in_place)
+        if images and step.name in MODULE_FUNCTIONS:
             given = dict(zip(AFFINE[step.name], step.args, strict=False)) | step.kwargs
             for part in (given["weight"], given.get("bias")):
                 if part is not None:

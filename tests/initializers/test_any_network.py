@@ -1494,9 +1494,27 @@ class Static(nn.Module):
         return self.head(F.conv2d(x, weight).relu().mean((2, 3)))
 
 
+class Routed(nn.Module):
+    """Each image has a kernel of its own, a mixture of four (CondConv)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.routing, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(6, 5)
+        self.kernels, self.biases = nn.Parameter(0.1 * torch.randn(4, 6 * 8 * 9)), nn.Parameter(torch.zeros(4, 6))
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        share = self.routing(x.mean((2, 3))).sigmoid()
+        kernels = torch.matmul(share, self.kernels).view(-1, 8, 3, 3)
+        biases = torch.matmul(share, self.biases).view(-1)
+        y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), kernels, biases, groups=len(x))
+        return self.head(y.view(len(x), 6, *y.shape[2:]).relu().mean((2, 3)))
+
+
 @pytest.mark.parametrize(
     ("make", "layers", "kept"),
     [
+        (Routed, ["first", "routing", "head"], dict.fromkeys(["kernels", "biases"], "used by matmul")),
         (Merged, ["first", "head"], dict.fromkeys(["narrow.weight", "wide.weight"], "used by conv2d")),
         (Static, ["head"], dict.fromkeys(["code", "hidden.weight", "out.weight"], "used by linear")),
     ],
