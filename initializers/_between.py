@@ -14,7 +14,7 @@ from torch import Tensor
 from initializers._function import Function, some
 from initializers._layers import Layers
 from initializers._lrn import MeasuredLRN
-from initializers._model import snapshot
+from initializers._model import InitializationError, snapshot
 from initializers._rates import RATE_DRAWS, Measurement, usable_rates
 from initializers._report import Report
 from initializers._scales import Scales
@@ -49,7 +49,14 @@ def equalise_between(
 
     def rates() -> Measurement:
         draws = RATE_DRAWS if exact else 1
-        return usable_rates(layers, images, seed, draws=draws, apart=bool(scales.outputs), before=lrn.undo)
+        found = usable_rates(layers, images, seed, draws=draws, apart=bool(scales.outputs), before=lrn.undo)
+        for name, layer in found.layers.items():
+            if layer not in lrn.uses:
+                raise InitializationError(
+                    f"layer {name} runs only now and then (for some images, or with gradients), so that the "
+                    'between-layer step cannot follow it; pass between=False or nonhomogeneous="scale"'
+                )
+        return found
 
     first = last = rates()
     total = torch.zeros(1 + scales.variables, dtype=torch.float64)  # log-scales

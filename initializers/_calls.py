@@ -25,6 +25,11 @@ RANDOM |= {"bernoulli", "multinomial", "rrelu_with_noise"}
 RANDOM |= {f"{name}_" for name in ("normal", "uniform", "bernoulli", "exponential", "cauchy", "random")}
 RANDOM |= {"log_normal_", "geometric_", "gumbel_softmax", "svd_lowrank", "pca_lowrank"}
 RANDOM |= {f"fractional_max_pool{n}d{more}" for n in (2, 3) for more in ("", "_with_indices")}
+# They give the elements of one tensor, in another shape, or some of them.
+VIEWS = {
+    *("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "permute", "transpose", "movedim", "t", "T"),
+    *("mT", "squeeze", "unsqueeze", "chunk", "split", "unbind", "__getitem__", "expand"),
+}
 MODULE_FUNCTIONS = {"linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))}
 
 # `multi_head_attention_forward` hands itself to the active mode before anything else; this copy goes straight on, so

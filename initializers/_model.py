@@ -441,11 +441,14 @@ def outputs_of(
         raise RejectedError(f"the model rejects images of shape {shapes}: {error}{hint}") from error
     count = len(inputs[0])
     found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
-    outputs = [tensor for tensor in found if tensor.ndim and len(tensor) == count]
-    if not outputs and count == 1:  # as where all dimensions of one element are squeezed
-        found = outputs = [tensor.unsqueeze(0) for tensor in ([x for x in found if x.ndim] or found)]
+    rows = [bool(tensor.ndim and len(tensor) == count) for tensor in found]
+    squeezed = count == 1 and not any(rows)  # all dimensions of one element
+    if squeezed:
+        shaped = any(tensor.ndim for tensor in found)  # beside which a number is a loss
+        rows = [bool(tensor.ndim) or not shaped for tensor in found]
+    outputs = [tensor.unsqueeze(0) if squeezed else tensor for tensor, row in zip(found, rows, strict=True) if row]
     if others is not None:
-        others += [tensor for tensor in found if not (tensor.ndim and len(tensor) == count)]
+        others += [tensor for tensor, row in zip(found, rows, strict=True) if not row]
     if not outputs and isinstance(output, list | tuple) and len(output) == count:
         parts = [[tensor for tensor in tensors_of(part) if tensor.is_floating_point()] for part in output]
         if parts[0] and len({tuple(tensor.shape for tensor in part) for part in parts}) == 1:
@@ -480,8 +483,8 @@ def _takes(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...])
             outputs_of(model, inputs, names)
     except RejectedError:
         return False
-    except InitializationError:  # as there are less clips than frames
-        return True
+    except InitializationError:
+        pass  # nothing has a row per image, as there are fewer clips than frames
     return True
 
 

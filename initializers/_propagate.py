@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from initializers._calls import AFFINE, MODULE_FUNCTIONS, input_of
-from initializers._graph import SIZES, Graph, Operation, Ref, map_tree, resolve
+from initializers._calls import AFFINE, MODULE_FUNCTIONS, VIEWS, input_of
+from initializers._graph import SIZES, Graph, Operation, Ref, at_size, map_tree, resolve
 from initializers._labels import ZERO, Labels, full
 from initializers._layer import Layer, memory, overlap
 from initializers._model import InitializationError, tensors_of
@@ -27,13 +27,11 @@ Lrn = Literal["estimate", "exact"]
 Outputs = Literal["keep", "free"]
 
 # Operations by the name of their function; methods, operators and in-place variants share it.
-_MOVING = {
-    *("view", "reshape", "flatten", "unflatten", "ravel", "permute", "transpose", "swapaxes", "swapdims", "movedim"),
-    *("moveaxis", "t", "T", "mT", "adjoint", "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "repeat"),
-    *("tile", "repeat_interleave", "view_as", "reshape_as", "chunk", "split", "split_with_sizes", "tensor_split"),
-    *("unbind", "select", "narrow", "__getitem__", "index_select", "roll", "flip", "rot90", "cat", "concat"),
-    *("concatenate", "stack", "hstack", "vstack", "dstack", "unfold", "pixel_shuffle", "pixel_unshuffle"),
-    *("channel_shuffle", "native_channel_shuffle", "atleast_2d", "diagonal"),
+_MOVING = VIEWS | {
+    *("ravel", "swapaxes", "swapdims", "moveaxis", "adjoint", "expand_as", "broadcast_to", "repeat", "tile"),
+    *("repeat_interleave", "split_with_sizes", "tensor_split", "select", "narrow", "index_select", "roll", "flip"),
+    *("rot90", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "unfold", "pixel_shuffle"),
+    *("pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "atleast_2d", "diagonal"),
 }
 _HOMOGENEOUS = {
     *("relu", "leaky_relu", "prelu", "abs", "neg", "positive", "dropout", "dropout1d", "dropout2d", "dropout3d"),
@@ -228,31 +226,35 @@ class _Propagation(Labels):
         """Elements at places that depend on the images, of one scale along the dimensions in which they are chosen."""
         labels, shape = self._of(operation.args[0]), self._shape(operation)
         if operation.name == "index_select":
-            dimension, index = _given(operation, ("input", "dim", "index"), ("dim", "index"))
+            dimension, index = operation.given(("input", "dim", "index"), ("dim", "index"))
             where = [slice(None)] * (dimension % labels.ndim) + [index]
         elif operation.name == "__getitem__":
-            where = _as_list(operation.args[1])
+            where = [*operation.args[1]] if isinstance(operation.args[1], tuple) else [operation.args[1]]
         else:
             return None
-        chosen = [part for part in where if isinstance(part, Ref)]
         if not (labels.numel() and math.prod(shape)) or any(isinstance(part, bool | list) for part in where):
             return None  # of what no image chose is not known what becomes of it
-        for index in chosen:
-            self._pin(self._of(index))
+        for part in where:
+            if isinstance(part, Ref):
+                self._pin(self._of(part))
         masked = self._mask_dimensions(where, labels.ndim - len(shape))
         if masked:
             return [self._uniform(labels, range(masked)).squeeze(tuple(range(1, masked))).expand(shape)]
-        dimension, dimensions, places = 0, [], []
-        for part in where:
-            if isinstance(part, Ref):
-                dimensions.append(dimension)
-                part = torch.zeros(self.graph.shapes[part.index], dtype=torch.long)
-            dimension += labels.ndim - sum(map(_takes, where)) if part is Ellipsis else _takes(part)
-            places.append(map_tree(part, lambda leaf: resolve(leaf, {}, SIZES[0])))
-        found = self._uniform(labels, dimensions)[tuple(places)]
+        if ... in where:
+            whole = [slice(None)] * (labels.ndim - sum(part not in (None, ...) for part in where))
+            where[where.index(...) : where.index(...) + 1] = whole
+        parts = [part for part in where if part is not None]  # one of each dimension
+        labels = self._uniform(labels, [d for d, part in enumerate(parts) if isinstance(part, Ref)])
+        found = labels[tuple(map_tree(part, self._anywhere) for part in where)]
         if found.ndim == len(shape):
             found = found[tuple(map(slice, shape))]  # a mask chooses at most as many as there are
         return [found] if found.shape == shape else None
+
+    def _anywhere(self, leaf):
+        """A part of an index, with the first place for each that it chooses."""
+        if isinstance(leaf, Ref):
+            return torch.zeros(self.graph.shapes[leaf.index], dtype=torch.long)
+        return at_size(leaf, SIZES[0])
 
     def _mask_dimensions(self, where: list, fewer: int) -> int:
         """Of how many dimensions a mask chooses, where it is all that chooses, and gives so many dimensions fewer.
@@ -264,7 +266,7 @@ class _Propagation(Labels):
 
     def _pads_with_any_scale(self, operation: Operation) -> bool:
         """With values of the image, with zeros, or with -inf, as before max pooling."""
-        mode, value = _given(operation, ("input", "pad", "mode", "value"), ("mode", "value"))
+        mode, value = operation.given(("input", "pad", "mode", "value"), ("mode", "value"))
         return mode not in (None, "constant") or not value or (isinstance(value, float) and math.isinf(value))
 
     def _pool(self, operation: Operation) -> list[Tensor]:
@@ -309,7 +311,7 @@ class _Propagation(Labels):
     def _rank(self, operation: Operation) -> list[Tensor]:
         """Places in an order, which no scale of all that is ordered changes."""
         labels = self._of(operation.args[0])
-        (dimension,) = _given(operation, ("input", "dim"), ("dim",))
+        (dimension,) = operation.given(("input", "dim"), ("dim",))
         if dimension is None and operation.name == "argsort":
             dimension = -1
         self._uniform(labels, range(labels.ndim) if dimension is None else [dimension])
@@ -317,7 +319,7 @@ class _Propagation(Labels):
 
     def _reduce(self, operation: Operation, names: tuple[str, ...] = ("input", "dim")) -> list[Tensor] | None:
         labels, shape = self._of(operation.args[0]), self._shape(operation)
-        (dimensions,) = _given(operation, names, ("dim",))
+        (dimensions,) = operation.given(names, ("dim",))
         if isinstance(dimensions, bool):  # of `std`, whether it is unbiased
             return None
         if dimensions is None:
@@ -328,20 +330,20 @@ class _Propagation(Labels):
 
     def _largest(self, operation: Operation) -> list[Tensor] | None:
         """Of two values, of all, or along a dimension: there indices come out, too."""
-        (other,) = _given(operation, ("input", "other"), ("other",))
+        (other,) = operation.given(("input", "other"), ("other",))
         if isinstance(other, Ref):
             return self._add(operation)
         return [*(self._reduce(operation) or []), *self._indices(operation)]
 
     def _norm(self, operation: Operation) -> list[Tensor] | None:
         names = ("input", "p", "dim")
-        if 0 in _given(operation, names, ("p", "ord")):  # which counts
+        if 0 in operation.given(names, ("p", "ord")):  # which counts
             return None
         return self._reduce(operation, names)
 
     def _compare(self, operation: Operation) -> list[Tensor] | None:
         """With 0, which no scale changes."""
-        sides = (self._of(leaf) for leaf in _given(operation, ("input", "other"), ("input", "other")))
+        sides = (self._of(leaf) for leaf in operation.given(("input", "other"), ("input", "other")))
         return [full(PINNED, self._shape(operation))] if any(bool((side == ZERO).all()) for side in sides) else None
 
     def _where(self, operation: Operation) -> list[Tensor] | None:
@@ -354,7 +356,7 @@ class _Propagation(Labels):
 
     def _masked_fill(self, operation: Operation) -> list[Tensor]:
         names = ("input", "mask", "value")
-        one, mask, other = _given(operation, names, names)
+        one, mask, other = operation.given(names, names)
         return self._choose(operation, mask, one, other)
 
     def _choose(self, operation: Operation, condition, one, other) -> list[Tensor]:
@@ -363,15 +365,15 @@ class _Propagation(Labels):
 
     def _lerp(self, operation: Operation) -> list[Tensor]:
         names = ("input", "end", "weight")
-        one, other, weight = _given(operation, names, names)
+        one, other, weight = operation.given(names, names)
         return self._choose(operation, weight, one, other)
 
     def _threshold(self, operation: Operation) -> list[Tensor] | None:
-        limits = _given(operation, ("input", "threshold", "value"), ("threshold", "value"))
+        limits = operation.given(("input", "threshold", "value"), ("threshold", "value"))
         return [self._of(operation.args[0])] if limits == [0, 0] else None
 
     def _grid_sample(self, operation: Operation) -> list[Tensor]:
-        maps, grid = _given(operation, ("input", "grid"), ("input", "grid"))
+        maps, grid = operation.given(("input", "grid"), ("input", "grid"))
         self._pin(self._of(grid))
         labels = self._of(maps)
         return [self._uniform(labels, range(2, labels.ndim)).expand(self._shape(operation))]
@@ -386,7 +388,7 @@ class _Propagation(Labels):
         """One scale along the dimensions that are transformed, or shifted."""
         labels, name = self._of(operation.args[0]), operation.name
         shifts = name.endswith("shift")
-        (dimensions,) = _given(operation, ("input", "dim") if shifts else ("input", "n", "dim"), ("dim",))
+        (dimensions,) = operation.given(("input", "dim") if shifts else ("input", "n", "dim"), ("dim",))
         if dimensions is None:
             dimensions = range(labels.ndim) if shifts or name.endswith("n") else (-2, -1) if name.endswith("2") else -1
         dimensions = [dimensions] if isinstance(dimensions, int) else dimensions
@@ -415,7 +417,7 @@ class _Propagation(Labels):
         return [each.view(-1, *[1] * (len(shape) - 1 - channel)).expand(shape)]
 
     def _add(self, operation: Operation) -> list[Tensor]:
-        one, other = _given(operation, ("input", "other"), ("input", "other"))
+        one, other = operation.given(("input", "other"), ("input", "other"))
         return self._join(operation, one, other)
 
     def _join(self, operation: Operation, one, other) -> list[Tensor]:
@@ -428,12 +430,12 @@ class _Propagation(Labels):
 
     def _add_product(self, operation: Operation) -> list[Tensor]:
         names = ("input", "tensor1", "tensor2")
-        one, left, right = (self._of(leaf) for leaf in _given(operation, names, names))
+        one, left, right = (self._of(leaf) for leaf in operation.given(names, names))
         product = self._product(left, right, -1 if _canonical(operation.name) == "addcdiv" else 1)
         return [self._merge(one, product).expand(self._shape(operation))]
 
     def _multiply(self, operation: Operation) -> list[Tensor] | None:
-        one, other = _given(operation, ("input", "other"), ("input", "other"))
+        one, other = operation.given(("input", "other"), ("input", "other"))
         divides = _canonical(operation.name).startswith(("div", "true"))
         if "rounding_mode" in operation.kwargs:
             return None
@@ -446,7 +448,7 @@ class _Propagation(Labels):
     def _power(self, operation: Operation) -> list[Tensor] | None:
         labels, name = self._of(operation.args[0]), _canonical(operation.name)
         if name == "pow":
-            (exponent,) = _given(operation, ("input", "exponent"), ("exponent",))
+            (exponent,) = operation.given(("input", "exponent"), ("exponent",))
             if not isinstance(exponent, int | float) or not exponent or not math.isfinite(exponent):
                 return None
             power = Fraction(exponent).limit_denominator(8)
@@ -511,7 +513,7 @@ class _Propagation(Labels):
 
     def _attention(self, operation: Operation) -> list[Tensor] | None:
         names = ("query", "key", "value", "attn_mask")
-        query, key, value, mask = _given(operation, names, names)
+        query, key, value, mask = operation.given(names, names)
         if self.graph.shapes[value.index][:-2] != self._shape(operation)[:-2]:
             return None
         products = [self._of(leaf) for leaf in (query, key)]
@@ -524,7 +526,7 @@ class _Propagation(Labels):
         return [self._uniform(self._of(value), (-2,)).expand(self._shape(operation))]
 
     def _clamp(self, operation: Operation) -> list[Tensor] | None:
-        low, high = _given(operation, ("input", "min", "max"), ("min", "max"))
+        low, high = operation.given(("input", "min", "max"), ("min", "max"))
         return [self._of(operation.args[0])] if low == 0 and type(low) in (int, float) and high is None else None
 
     def _set(self, operation: Operation) -> list[Tensor]:
@@ -535,8 +537,7 @@ class _Propagation(Labels):
         if chosen:  # any place may be among them
             for index in chosen:
                 self._pin(self._of(index))
-            label = self._uniform(given, range(given.ndim)).flatten()[0].item()
-            labels = full(int(label), shape)
+            labels = full(int(self._uniform(given, range(given.ndim)).item()), shape)
         else:
             labels = full(ZERO, shape).clone()
             labels[map_tree(where, lambda leaf: resolve(leaf, self.graph.fixed, SIZES[0]))] = given
@@ -562,7 +563,7 @@ class _Propagation(Labels):
 
     def _batch_norm(self, operation: Operation) -> list[Tensor] | None:
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        x, mean, variance, weight, bias, training, eps = _given(operation, names, (*names[:6], names[7]))
+        x, mean, variance, weight, bias, training, eps = operation.given(names, (*names[:6], names[7]))
         statistics = [self.graph.constants.get(leaf.index) for leaf in (mean, variance) if isinstance(leaf, Ref)]
         if operation.func is not F.batch_norm or training or len(statistics) < 2 or None in statistics:
             return None
@@ -582,7 +583,7 @@ class _Propagation(Labels):
 
     def _own_statistics(self, operation: Operation) -> list[Tensor] | None:
         """Normalisation by the input's own statistics, of which eps is one constant for the whole module."""
-        weight, bias, running = _given(operation, _NORM_ARGUMENTS[operation.name], ("weight", "bias", "running_mean"))
+        weight, bias, running = operation.given(_NORM_ARGUMENTS[operation.name], ("weight", "bias", "running_mean"))
         parameters = self._parameters(weight, bias)
         if parameters is None or running is not None:
             return None
@@ -700,22 +701,6 @@ def _canonical(name: str) -> str:
     return name if name.startswith("_") else name.removesuffix("_")
 
 
-def _as_list(where) -> list:
-    """What an index says of the dimensions, one after the other."""
-    return list(where) if isinstance(where, tuple) else [where]
-
-
-def _takes(part) -> int:
-    """How many dimensions a part of an index is of."""
-    return 0 if part is None or part is Ellipsis else 1
-
-
 def _letters(term: str, ndim: int) -> str:
     """A letter for each dimension of a term of an einsum; digits for those of an ellipsis, which meet at its end."""
     return term.replace("...", "9876543210"[10 - (ndim - len(term) + 3) :])
-
-
-def _given(operation: Operation, names: tuple[str, ...], wanted: tuple[str, ...]) -> list:
-    """Arguments by name; None where they are not given."""
-    given = dict(zip(names, operation.args, strict=False)) | operation.kwargs
-    return [given.get(name) for name in wanted]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from initializers._calls import AFFINE, MODULE_FUNCTIONS, input_of
+from initializers._calls import AFFINE, MODULE_FUNCTIONS, VIEWS, input_of
 from initializers._graph import IMAGES_AT_A_TIME, SIZES, Graph, Operation, Ref, Size, at_size, map_tree
 from initializers._layer import Call
 from initializers._layers import AffineMode, Layers
@@ -39,11 +39,6 @@ _METADATA = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device"),
     *("is_contiguous", "is_floating_point", "is_complex", "is_same_size", "type", "data_ptr", "result_type"),
     *("__len__", "__hash__", "__repr__", "__format__", "__get__", "__set__"),
-}
-# Functions that give the elements which they take.
-_RESHAPING = {
-    *("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "permute", "transpose", "movedim", "t", "T"),
-    *("mT", "contiguous", "squeeze", "unsqueeze", "chunk", "split", "unbind", "__getitem__", "expand"),
 }
 INTERACTION = 1e-3  # a relative change that is more than rounding
 _DIFFERENT = "what it does depends on the number of images, or a part of it cannot be seen"
@@ -191,7 +186,7 @@ def _record(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> tuple[Grap
     finally:
         for hook in hooks:
             hook.remove()
-    if recorder.computing - layers.apart or recorder.numbers > layers.numbers:
+    if recorder.computing - layers.apart or (recorder.numbers and not layers.numbers):
         layers.apart |= recorder.computing
         layers.numbers |= recorder.numbers
         layers.found.clear()  # which knows less
@@ -324,21 +319,21 @@ class _Recorder(AffineMode):
         return output
 
     def _note_computed(self, step: Operation, changed: list[int], in_place: set[int]) -> None:
-        """Note which layers compute weights or biases of others: of parameters alone, as in re-parametrized blocks, or
-        of the images and no further, as where each image has a kernel of its own."""
+        """Note which layers compute weights or biases of others.
+
+        Of parameters alone, as in re-parametrized blocks, or of the images and no further, as where each image has a
+        kernel of its own.
+        """
         images = not self.images.isdisjoint(step.inputs)
-        names = set()
-        if not images or step.name in _RESHAPING:
-            names = set().union(*(self.uses.get(index, ()) for index in step.inputs))
-        if step.call is not None:
-            names = names | {step.call.layer.name}
+        names = set() if step.call is None else {step.call.layer.name}
+        if not images or step.name in VIEWS | {"contiguous"}:
+            names = names.union(*(self.uses.get(index, ()) for index in step.inputs))
         if names:
             self.uses.update(dict.fromkeys([*changed, *in_place], names))
         if images:
             self.images.update(changed, in_place)
         if images and step.name in MODULE_FUNCTIONS:
-            given = dict(zip(AFFINE[step.name], step.args, strict=False)) | step.kwargs
-            for part in (given["weight"], given.get("bias")):
+            for part in step.given(AFFINE[step.name], ("weight", "bias")):
                 if part is not None:
                     self.computing |= self.uses.get(part.index, set())
 

@@ -61,10 +61,12 @@ def recorded(layers: Layers, inputs: tuple[Tensor, ...]) -> Recorded:
             graph = scales = record(layers, inputs)
     except UngraphableError:
         try:
-            scales = record_once(layers, inputs, min(IMAGES_AT_A_TIME, len(inputs[0])))
-            reached = {layer for layer, (_, rows) in _running(layers, inputs).items() if any(rows)}
-            if not reached <= scales.reached:  # some images go to other experts than these
-                scales = record_once(layers, inputs, len(inputs[0]))
+            count = len(inputs[0])
+            scales = record_once(layers, inputs, min(IMAGES_AT_A_TIME, count))
+            if count > IMAGES_AT_A_TIME:
+                reached = {layer for layer, (_, rows) in _running(layers, inputs).items() if any(rows)}
+                if not reached <= scales.reached:  # some images go to other experts than these
+                    scales = record_once(layers, inputs, count)
         except UngraphableError as problem:
             reason = problem
     return Recorded(graph, scales, reason)

@@ -4,7 +4,7 @@
     python scripts/bench_train.py proposals=FILE     # of detection, and other settings of the experiments
 
 Networks and batches are those of preset=mini, and of classification those of preset=paper, too. Writes
-results/bench/train.json; what counts is the ratio. Takes ten minutes on two cores.
+results/bench/train.json; what counts is the ratio.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,15 +94,24 @@ def bench(name: str, cfg: DictConfig, model: nn.Module, loss: Callable, batches:
 
     times: dict[str, list[float]] = {"bare": [], "trainer": [], "batch": []}
     for repeat in range(3):  # in turns, so that a change of the machine's speed touches all alike; the first warms up
-        for part, run in (("bare", bare), ("trainer", trainer), ("batch", data)):
-            start = time.perf_counter()
-            seconds = run() or time.perf_counter() - start
+        for part, run in (
+            ("bare", partial(seconds_of, bare)),
+            ("trainer", trainer),
+            ("batch", partial(seconds_of, data)),
+        ):
+            seconds = run()
             if repeat:
                 times[part].append(seconds)
     step = {part: 1000 * statistics.median(values) / steps for part, values in times.items()}
     for part, milliseconds in step.items():
         print(f"{name}, {part:8} {milliseconds:7.2f} ms a step")
     return step
+
+
+def seconds_of(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def train_for(cfg: DictConfig, model: nn.Module, loss: Callable, batches: Callable) -> float:
