@@ -35,14 +35,14 @@ def insert_auxiliary(layers: Layers, inputs: tuple[Tensor, ...], rate_images: in
         raise InitializationError(f'nonhomogeneous="scale" finds nothing to scale: {problem}')
     centre = sum(logs.values()) / len(logs)
     exponents: dict[str, float] = {name: (rate - centre) / 2 / math.log(2) for name, rate in logs.items()}
-    model, restore, rows = layers.model, snapshot(layers.model), _layers_of_rows(layers, scaled)
+    restore, rows = snapshot(layers.model), _layers_of_rows(layers, scaled)
     added: list[tuple[nn.Module, str]] = []
 
     def insert(exponents: dict[str, float]) -> float:
         factors = {name: 2.0**exponent for name, exponent in exponents.items()}
         for owner, names in rows.items():
             each = [factors.get(name, 1.0) for name in names]
-            added.extend(_insert(model, owner, torch.tensor(each, dtype=torch.float64)))
+            added.extend(_insert(layers, owner, torch.tensor(each, dtype=torch.float64)))
         return function.change([])
 
     def remove() -> None:
@@ -89,15 +89,18 @@ def _layers_of_rows(layers: Layers, scaled: dict[str, Layer]) -> dict[str, list[
 
 
 @torch.no_grad()
-def _insert(model: nn.Module, parameter: str, factor: Tensor) -> list[tuple[nn.Module, str]]:
+def _insert(layers: Layers, parameter: str, factor: Tensor) -> list[tuple[nn.Module, str]]:
     """Store `factor` (rows,) times a parameter and divide by it where the layer computes; what is parametrized anew."""
     path, _, name = parameter.rpartition(".")
-    module, tensor = model.get_submodule(path), model.get_parameter(parameter)
+    module, tensor = layers.model.get_submodule(path), layers.model.get_parameter(parameter)
     factor = factor.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
-    if isinstance(module, parametrize.ParametrizationList):
-        (scaling,) = module  # there already
-        tensor.mul_(factor)
-        scaling.get_buffer("factor").div_(factor)
-        return []
-    parametrize.register_parametrization(module, name, AuxiliaryScaling(1 / factor))
-    return [(module, name)]
+    norm, scalings = layers.weight_norms.get(id(tensor)), layers.parametrizations(parameter)
+    if norm is None and not scalings:
+        parametrize.register_parametrization(module, name, AuxiliaryScaling(1 / factor))
+        return [(module, name)]
+    tensor.mul_(factor)
+    if norm is not None:  # which has a constant of its own, see `unnormalised`
+        norm.g.div_(factor.flatten()[0])
+    else:  # of an earlier call
+        scalings[0].get_buffer("factor").div_(factor)
+    return []

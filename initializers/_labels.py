@@ -70,9 +70,10 @@ class Labels:
         return isinstance(leaf, Ref) and leaf.index in self.graph.varying
 
     def _parameter(self, leaf) -> Tensor | None:
-        """The whole parameter that an argument is, where it is not frozen."""
+        """The whole parameter that an argument is, where it is not frozen, or constant as long as weights are set."""
         tensor = self.graph.constants.get(leaf.index) if isinstance(leaf, Ref) else None
-        return tensor if isinstance(tensor, nn.Parameter) and tensor.requires_grad else None
+        learned = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        return tensor if learned and id(tensor) not in self.graph.layers.factors else None
 
     def _pin(self, labels: Tensor) -> None:
         for label in labels.unique().tolist():

@@ -27,7 +27,7 @@ from initializers._calls import (
 from initializers._layer import Call, Layer, check_memory, has_kernel, is_dense, memory, overlap
 from initializers._model import InitializationError, outputs_of, scripted
 from initializers._scaled import PRODUCTS, AuxiliaryScaling, Scaled, source_of
-from initializers._weight_norm import WeightNorm, computed, weight_norms
+from initializers._weight_norm import WeightNorm, multiplied, weight_norms
 
 SCRIPTED = (
     "no layer of the model can be seen, as it is scripted: initialize it before torch.jit.script or torch.jit.trace"
@@ -88,10 +88,11 @@ class Layers:
         return self.trainable and parameter is not None and not parameter.requires_grad
 
     @cached_property
-    def _factors(self) -> dict[int, Tensor]:
+    def factors(self) -> dict[int, Tensor]:
+        """What weights are multiplied by, of auxiliary scalings and of `unnormalised`, by id."""
         scalings = [module for module in self.model.modules() if isinstance(module, AuxiliaryScaling)]
         factors = [scaling.get_buffer("factor") for scaling in scalings]
-        return {id(factor): factor for factor in factors}
+        return {id(factor): factor for factor in (*factors, *(norm.g for norm in self.weight_norms.values()))}
 
     def owner(self, tensor: Tensor | None) -> str | None:
         """Name of the parameter that `tensor` is, or of which it is a view."""
@@ -104,14 +105,19 @@ class Layers:
 
     def unscalable(self, layer: Layer) -> str:
         """Why an `AuxiliaryScaling` cannot be inserted for a layer; empty where it can."""
-        _, parameter = self.find(layer.weight)
+        name, parameter = self.find(layer.weight)
         if id(parameter) in self.weight_norms:
-            return "weight_norm has a scale of its own"
-        path = (self.owner(layer.weight) or "").rpartition(".")[0]
-        if any(not isinstance(part, AuxiliaryScaling) for part in _parametrizations(self.model.get_submodule(path))):
+            if self.rows(layer.weight) != (name, None):
+                return "its weight is a part of what weight_norm normalises"
+        elif any(not isinstance(part, AuxiliaryScaling) for part in self.parametrizations(name or "")):
             return "its weight has another parametrization"
         modules = [m for m in self.model.modules() if any(other is parameter for other in m.parameters(False))]
         return "its weight belongs to several modules" if len(modules) > 1 else ""
+
+    def parametrizations(self, parameter: str) -> list[nn.Module]:
+        """The parametrizations of a parameter."""
+        module = self.model.get_submodule(parameter.rpartition(".")[0])
+        return list(module) if isinstance(module, nn.utils.parametrize.ParametrizationList) else []
 
     @property
     def no_layer(self) -> str:
@@ -121,16 +127,18 @@ class Layers:
     def scaling(self, func: Callable, args: tuple) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """The parameter, the factor and the mask where a function multiplies a parameter by a constant.
 
-        That is what `AuxiliaryScaling` has, a number, a buffer of one value, or one of zeros and ones for each weight.
+        That is what `AuxiliaryScaling` or weight normalisation has, a number, a buffer of one value, or one of zeros
+        and ones for each weight.
         """
         name = getattr(func, "__name__", "")
         if name not in PRODUCTS or len(args) != 2:
             return None
-        one, other = args[::-1] if isinstance(args[1], Tensor) and self.find(args[1])[1] is not None else args
+        of_rows = id(args[1]) in self.factors
+        turned = not of_rows and isinstance(args[1], Tensor) and self.find(args[1])[1] is not None
+        one, other = args[::-1] if turned else args
         if not isinstance(one, Tensor) or self.find(one)[1] is None or (one is args[1] and PRODUCTS[name] < 0):
             return None
         if isinstance(other, Tensor):
-            of_rows = id(other) in self._factors
             buffers = [buffer for buffer in self.model.buffers() if buffer.shape == other.shape]
             if not of_rows and not any(torch.equal(buffer.to(other.dtype), other) for buffer in buffers):
                 return None
@@ -199,11 +207,6 @@ class Layers:
         return name if first is None else f"{name}[{first}:{first + len(weight)}]"
 
 
-def _parametrizations(module: nn.Module) -> list[nn.Module]:
-    """The parametrizations of the parameter that a module holds, where it is there for these."""
-    return list(module) if isinstance(module, nn.utils.parametrize.ParametrizationList) else []
-
-
 def layer_name(parameter: str) -> str:
     """Name of the layer that a parameter, by its full name, is the weight of."""
     name = parameter.replace("parametrizations.", "").removesuffix(".original")
@@ -243,9 +246,7 @@ class AffineMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch._C._functorch.maybe_current_level() is not None:
             return self.transformed(func, args, kwargs)
-        weight = computed(self.layers.weight_norms, func, args)
-        if weight is not None:
-            return weight
+        func, args = multiplied(self.layers.weight_norms, func, args)
         if func is F.multi_head_attention_forward:
             with self:
                 return attention(*args, **kwargs)

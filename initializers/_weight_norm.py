@@ -1,17 +1,20 @@
 """Weight normalisation (Salimans & Kingma, 2016): a layer computes with W = g v / |v|, with one g for each row of v.
 
-Inside `unnormalised` v is the weight itself, like that of any other layer, and g waits; it is set at the end.
+Inside `unnormalised` it is W = c v, with one constant c in place of g: a weight that the layer multiplies by a
+constant, like that of an `AuxiliaryScaling`. At the end g is set such that W stays.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 FUNCTION = "_weight_norm"  # of torch, which computes W of v and g
+ROUNDING = 1e-5  # relative: torch starts with g = |v|, where c is 1
 
 
 @dataclass(frozen=True)
@@ -44,25 +47,33 @@ def weight_norms(model: nn.Module) -> list[WeightNorm]:
 
 @contextmanager
 def unnormalised(model: nn.Module) -> Iterator[None]:
-    """Inside, each v is W; afterwards each g is the size of its v, and W what v was. What nobody changed stays."""
+    """Inside, W is c v, c the size of W over that of v; afterwards g v / |v| again. What nobody changed stays."""
     norms = weight_norms(model)
-    before = [norm.v.detach().clone() for norm in norms]
     with torch.no_grad():
+        before = [(norm.v.clone(), norm.g.clone()) for norm in norms]
         for norm in norms:
-            norm.v.copy_(torch._weight_norm(norm.v, norm.g, norm.dim))
-    weights = [norm.v.detach().clone() for norm in norms]
+            _multiply(norm)
+        inside = [(norm.v.clone(), norm.g.clone()) for norm in norms]
     yield
     with torch.no_grad():
-        for norm, v, weight in zip(norms, before, weights, strict=True):
-            if torch.equal(norm.v, weight):
-                norm.v.copy_(v)
+        for norm, found, multiplied in zip(norms, before, inside, strict=True):
+            if all(torch.equal(*pair) for pair in zip((norm.v, norm.g), multiplied, strict=True)):
+                norm.v.copy_(found[0])
+                norm.g.copy_(found[1])
             else:
-                norm.g.copy_(torch.norm_except_dim(norm.v, 2, norm.dim))
+                norm.g.mul_(torch.norm_except_dim(norm.v, 2, norm.dim))
 
 
-def computed(norms: dict[int, WeightNorm], func, args: tuple) -> Tensor | None:
-    """What a call of a function gives inside `unnormalised`: a view of v where that computes a weight of v and g."""
-    if func.__name__ != FUNCTION or id(args[0]) not in norms:
-        return None
-    v = args[0]
-    return v.view_as(v)
+def _multiply(norm: WeightNorm) -> None:
+    weight = torch._weight_norm(norm.v, norm.g, norm.dim)
+    ratio = (weight.norm() / norm.v.norm()).item()
+    if not math.isfinite(ratio) or ratio == 0 or math.isclose(ratio, 1, rel_tol=ROUNDING):
+        ratio = 1.0
+    norm.g.fill_(ratio)
+    norm.v.copy_(weight / norm.g)
+
+
+def multiplied(norms: dict[int, WeightNorm], func: Callable, args: tuple) -> tuple[Callable, tuple]:
+    """A function and its arguments; where that computes a weight of v and g, what it is inside `unnormalised`."""
+    norm = norms.get(id(args[0])) if func.__name__ == FUNCTION else None
+    return (func, args) if norm is None else (torch.mul, (norm.v, norm.g))

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from initializers import InitializationError, change_rate, initialize, lsuv, rescale
+from initializers._scaled import AuxiliaryScaling
 
 
 @pytest.fixture
@@ -218,7 +219,11 @@ def network(kind=None):
     return model
 
 
-KINDS = ["parametrization", "hook"]
+PARTS = {  # the names of g and v
+    "parametrization": ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+    "hook": ("weight_g", "weight_v"),
+}
+KINDS = [*PARTS]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -234,10 +239,7 @@ def test_weight_norm_is_initialized_as_if_it_were_not_there(images, kind, option
     if options.get("between", True):
         assert report.spread_after == pytest.approx(expected.spread_after, rel=0.05)
         assert report.output_change < 1e-4
-    size, direction = (
-        ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-        ("weight_g", "weight_v"),
-    )[KINDS.index(kind)]
+    size, direction = PARTS[kind]
     g, v = model[0].get_parameter(size), model[0].get_parameter(direction)
     torch.testing.assert_close(g, torch.norm_except_dim(v, 2, 0))
 
@@ -262,16 +264,58 @@ def test_measuring_and_errors_leave_weight_norm_as_it_was(images, kind):
     lsuv(model, images)
 
 
-def test_weight_norm_keeps_the_scale_that_it_has(images):
-    model = network("parametrization")
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_norm_takes_the_auxiliary_scaling_as_the_size_of_its_direction(images, kind):
+    model = network(kind)
+    for i in (1, 5):
+        model[i] = nn.ELU()  # which pins
+    report = initialize(model, images, nonhomogeneous="scale")
+    assert report.spread_after < 1.0001 < report.spread_before
+    assert report.output_change < 1e-5
+    assert not any("not scaled" in row.note for row in report.layers)
+    added = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryScaling)]
+    assert [name for name in added if "weight" in name] == ["10.parametrizations.weight.0"]
+    before, output = state(model), model(images).detach()
+    again = rescale(model, images, nonhomogeneous="scale")
+    assert again.spread_before == pytest.approx(1, abs=1e-4)
+    assert list(state(model)) == list(before)
+    torch.testing.assert_close(model(images), output, rtol=1e-4, atol=1e-4)
+    plain = network()
+    plain[1], plain[5] = nn.ELU(), nn.ELU()
+    assert report.spread_before == pytest.approx(initialize(plain, images).spread_before, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_change_rates_of_weight_norm_are_those_of_its_direction(images, kind):
+    model = network(kind)
+    rates = change_rate(model, images).mean
+    _, direction = PARTS[kind]
+    with torch.no_grad():
+        model[2].get_parameter(direction).mul_(3)
+    larger = change_rate(model, images).mean
+    assert larger == pytest.approx(rates | {"2": rates["2"] / 9}, rel=1e-4)
+
+
+def test_a_part_of_what_weight_norm_normalises_is_not_scaled(images):
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = normalised("parametrization", nn.Linear(12, 8, bias=False))
+            self.last = nn.Linear(12, 5)
+
+        def forward(self, x):
+            x = x.mean(3).flatten(2)[:, :, :12]
+            one, other = self.both.weight.chunk(2)
+            return self.last(torch.cat([torch.tanh(F.linear(x, part)) for part in (one, other, one)], -1))
+
+    model = Packed()
     report = initialize(model, images, nonhomogeneous="scale")
     notes = {row.name: row.note for row in report.layers}
-    assert all("not scaled, as weight_norm has a scale of its own" in notes[name] for name in ("0", "2", "4", "8"))
-    assert "not scaled" not in notes["10"]
-    assert report.output_change < 1e-5
-    model = normalised("parametrization", nn.Linear(432, 5))
-    with pytest.raises(InitializationError, match="finds nothing to scale"):
-        initialize(nn.Sequential(nn.Flatten(), model), images, nonhomogeneous="scale")
+    assert all("not scaled, as its weight is a part of what weight_norm" in notes[f"both[{i}:{i + 4}]"] for i in (0, 4))
+    assert "not scaled" not in notes["last"]
+    model.last = nn.Identity()
+    with pytest.raises(InitializationError, match="finds nothing to scale: its weight is a part of what weight_norm"):
+        rescale(model, images, nonhomogeneous="scale")
 
 
 def test_a_frozen_weight_norm_stays(images):
