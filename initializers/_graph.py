@@ -121,6 +121,17 @@ class Graph:
         steps = [step for step in self.operations if step.call and self.shapes[step.outputs[0]].numel()]
         return {step.call.layer for step in steps if step.call}
 
+    @property
+    def repeated(self) -> dict[str, int]:
+        """Layers that are used several times, the first time with all images, and how often."""
+        rows: dict[str, list[int]] = {}
+        for step in self.operations:
+            if step.call is not None:
+                entering = input_of(step.name, step.args, step.kwargs)
+                rows.setdefault(step.call.layer.name, []).append(self.shapes[entering.index][0])
+        images = self.shapes[self.inputs[0]][0]
+        return {name: len(each) for name, each in rows.items() if len(each) > 1 and each[0] >= images}
+
     def aliases(self, value: int) -> list[int]:
         """Values that change where this one is changed in place, itself among them."""
         return [other for other, known in self.storages.items() if known == self.storages[value]]

@@ -1,7 +1,6 @@
 """The two public functions of the method: Algorithms 1 and 2, or the second alone."""
 
 import time
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Literal, get_args
@@ -192,14 +191,13 @@ def _describe(layers: Layers, known: Recorded, report: Report) -> None:
     report.frozen = [name for name, parameter in layers.model.named_parameters() if not parameter.requires_grad]
     report.inactive_dropout = inactive_dropout(layers, known.seen)
     report.random = sorted(layers.random)
-    operations = known.graph.operations if known.graph is not None else []  # of parts of the images all uses count
-    uses = Counter(operation.call.layer.name for operation in operations if operation.call)
+    repeated = {} if known.seen is None else known.seen.repeated
     for row in report.layers:
         layer = layers.found[row.name]
         if layer.fixed_bias is not None:
             row.add_note("its bias is computed or frozen, so that the mean is as it comes")
-        if uses[row.name] > 1:
-            row.add_note(f"used {uses[row.name]} times, normalised where it is used first")
+        if row.name in repeated:
+            row.add_note(f"used {repeated[row.name]} times, normalised where it is used first")
         other = known.other_use(layer.weight)
         if other is not None and row.name not in known.tied:
             row.add_note(f"its weights are used by {other} as well, for which they are as they come")

@@ -417,7 +417,8 @@ def _mean_squares(layer: Layer) -> Tensor:
 def _rows_are_images(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
     """Whether the inputs of all layers have a row per image; rows may be windows or tokens, or be of no image.
 
-    Seen on one image, on two and on a batch: a number of rows that is of something else is not all of them.
+    Seen on two images, on three and on a batch: a number of rows that is of something else is not all of them. Some
+    models take no batch of one, as they squeeze it.
     """
     rows: list[int] = []
 
@@ -425,7 +426,7 @@ def _rows_are_images(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
         rows.append(len(x))
         return compute()
 
-    for count in (1, 2, IMAGES_AT_A_TIME):
+    for count in (2, 3, IMAGES_AT_A_TIME):
         rows.clear()
         with in_parts(layers.model, inputs, layers.names), without_memory(layers.model):
             forward(layers, tuple(x[:count] for x in inputs), record)

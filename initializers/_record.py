@@ -38,6 +38,8 @@ NORMS = (
 _METADATA = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device"),
     *("is_contiguous", "is_floating_point", "is_complex", "is_same_size", "type", "data_ptr", "result_type"),
+    *("is_signed", "is_inference", "is_pinned", "is_shared", "is_set_to", "is_neg", "is_conj", "sparse_dim"),
+    *("dense_dim", "_parse_to"),  # of `Module.to`
     *("__len__", "__hash__", "__repr__", "__format__", "__get__", "__set__"),
 }
 INTERACTION = 1e-3  # a relative change that is more than rounding

@@ -611,6 +611,33 @@ def test_images_that_go_through_in_parts(images, split, filters):
     assert abs(whole.hidden(whole.norm(whole.conv(images)).relu().flatten(1)).std().item() - 1) < 0.03
 
 
+class Repeated(nn.Module):
+    """One layer several times, as often as values decide."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.hidden, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.conv(x).relu().mean((2, 3))
+        for _ in range(3):
+            x = self.hidden(x).relu()
+            if x.max() == 0:
+                break
+        return self.head(x)
+
+
+def test_a_layer_that_runs_as_often_as_values_decide_says_which_use_counts(images):
+    model = Repeated()
+    report = initialize(model, images, between=False)
+    notes = {row.name: row.note for row in report.layers}
+    assert "used 3 times, normalised where it is used first" in notes.pop("hidden")
+    assert not any("used" in note for note in notes.values())
+    assert_normalised(model, images, ["conv", "head"])
+    first = model.hidden(model.conv(images).relu().mean((2, 3)))
+    torch.testing.assert_close(first.std(0, correction=0), torch.ones(8), rtol=1e-4, atol=0)
+
+
 class Singly(nn.Module):
     """Each image by itself, without a dimension for images."""
 

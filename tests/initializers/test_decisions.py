@@ -95,6 +95,35 @@ def test_what_activations_decide_has_no_graph(images):
         rescale(model, images)
 
 
+ASKED = {  # what tells nothing of values
+    "a module that goes where an activation is": lambda x: nn.AvgPool2d(2).to(x)(x),
+    "whether it is signed": lambda x: x if x.is_signed() else -x,
+    "whether it is of inference": lambda x: x.clone() if x.is_inference() else x,
+    "its dimensions": lambda x: x if x.dense_dim() == 4 else x[None],
+}
+
+
+@pytest.mark.parametrize("ask", ASKED)
+def test_what_does_not_depend_on_values_decides_nothing(images, ask):
+    model = build(lambda m, x: m.head(F.relu(m.next(F.relu(ASKED[ask](m.conv(x))))).mean((2, 3))))
+    report = initialize(model, images)
+    assert report.spread_after < 1.001
+    assert report.output_change < 1e-5
+
+
+@pytest.mark.parametrize("nonhomogeneous", ["pin", "scale"])
+def test_a_model_that_takes_no_image_by_itself(images, nonhomogeneous):
+    """As where all dimensions of size 1 are squeezed."""
+
+    def squeezed(m, x):
+        x = F.relu(m.next(F.relu(m.conv(x)))).mean((2, 3), keepdim=True).squeeze()
+        return m.head(torch.cat([x], 1))
+
+    report = initialize(build(squeezed), images, nonhomogeneous=nonhomogeneous)
+    assert report.spread_after < 1.001
+    assert report.output_change < 1e-5
+
+
 @pytest.mark.parametrize("full", [0, 20, 40])
 def test_a_mask_that_may_be_full(full):
     """As transformers do: a mask without padding counts as none; so may the first batches, and not the last."""
