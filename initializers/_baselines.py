@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from initializers._filters import orthonormal
 from initializers._graph import Batches
 from initializers._inputs import as_inputs
-from initializers._layer import Call, Layer
+from initializers._layer import Call, Layer, check_input
 from initializers._layers import MODULES, NO_LAYER, Layers, affine_modules
 from initializers._model import InitializationError, unchanged_on_error, unwrapped
 from initializers._report import LayerReport, Report
@@ -158,6 +158,7 @@ def lsuv(
             layer = call.layer
             row = LayerReport(layer.name, tuple(layer.weight.shape), "orthonormal")
             report.layers.append(row)
+            check_input(layer, entering())
             if layer.name in known.tied:
                 row.filters = None
                 row.add_tied(known.tied[layer.name])

@@ -1,5 +1,6 @@
 """An affine layer, and one use of it: its matrix, the windows of its input, the gradient of its weight."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +166,17 @@ def channel_statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Ten
         for piece in part.split(max(1, PIECE // part[0].numel())):  # a copy that fits the cache
             squares += torch.linalg.vector_norm(piece.to(precise) - mean.unsqueeze(1), dim=2).square().sum(0)
     return mean, squares.div(count).sqrt()
+
+
+def check_input(layer: Layer, inputs: Iterable[Tensor]) -> None:
+    """Raises InitializationError: the input of a layer is not finite, though the images and the parameters are."""
+    for x in inputs:
+        total = x.sum(dtype=torch.promote_types(x.dtype, torch.float32))  # faster than to look at each value
+        if not torch.isfinite(total) and not torch.isfinite(x).all():
+            raise InitializationError(
+                f"layer {layer.name}: its input holds NaN or Inf; check what the model computes before it (running "
+                "statistics, weights that overflow), and that the images have the size and the range that it expects"
+            )
 
 
 def check_memory(layer: Layer) -> None:

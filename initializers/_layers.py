@@ -82,6 +82,17 @@ class Layers:
     def _is_buffer(self, tensor: Tensor) -> bool:
         return any(memory(buffer) == memory(tensor) for buffer in self.model.buffers())
 
+    def _is_learned(self, tensor: Tensor) -> bool:
+        _, parameter = self.find(tensor)
+        return parameter is not None and parameter.requires_grad
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor has the values of a buffer, in whatever precision, or is a parameter that is frozen."""
+        buffers = [buffer for buffer in self.model.buffers() if buffer.shape == tensor.shape]
+        if any(torch.equal(buffer.to(tensor.dtype), tensor) for buffer in buffers):
+            return True
+        return self.find(tensor)[1] is not None and not self._is_learned(tensor)
+
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to a parameter that is frozen, where these are left alone."""
         _, parameter = self.find(tensor)  # views of it that are made without gradients look frozen themselves
@@ -127,20 +138,19 @@ class Layers:
     def scaling(self, func: Callable, args: tuple) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """The parameter, the factor and the mask where a function multiplies a parameter by a constant.
 
-        That is what `AuxiliaryScaling` or weight normalisation has, a number, a buffer of one value, or one of zeros
-        and ones for each weight.
+        That is what `AuxiliaryScaling` or weight normalisation has, a number, a buffer or a frozen parameter of one
+        value, or one of zeros and ones for each weight.
         """
         name = getattr(func, "__name__", "")
         if name not in PRODUCTS or len(args) != 2:
             return None
         of_rows = id(args[1]) in self.factors
-        turned = not of_rows and isinstance(args[1], Tensor) and self.find(args[1])[1] is not None
+        turned = not of_rows and isinstance(args[1], Tensor) and self._is_learned(args[1])
         one, other = args[::-1] if turned else args
         if not isinstance(one, Tensor) or self.find(one)[1] is None or (one is args[1] and PRODUCTS[name] < 0):
             return None
         if isinstance(other, Tensor):
-            buffers = [buffer for buffer in self.model.buffers() if buffer.shape == other.shape]
-            if not of_rows and not any(torch.equal(buffer.to(other.dtype), other) for buffer in buffers):
+            if not of_rows and not self._is_constant(other):
                 return None
             if not of_rows and other.numel() != 1:
                 fits = other.shape == one.shape and bool(((other == 0) | (other == 1)).all())

@@ -335,7 +335,8 @@ def without_memory(model: nn.Module) -> Iterator[None]:
     """What a forward pass inside, with its backward pass, changes of buffers and attributes is afterwards as it was.
 
     Caches that the first pass fills, counters, running means, activations that are kept: every pass finds the same.
-    Containers are restored in what they hold; objects of other classes are not looked into.
+    Containers are restored in what they hold, and objects of other classes that modules hold in their attributes, but
+    not what these objects hold in turn.
     """
     dicts, tensors = _held([vars(module) for module in model.modules()])
     before = [(held, copy.copy(held)) for held in dicts]
@@ -369,22 +370,20 @@ def _held(roots: list[dict]) -> tuple[list, list[Tensor]]:
     containers: list = []
     tensors: list[Tensor] = []
     seen: set[int] = set()
-    waiting: list = [*roots]
+    waiting: deque[tuple[Any, bool]] = deque((root, False) for root in roots)  # and whether an object holds it
     while waiting:
-        value = waiting.pop()
+        value, inside = waiting.popleft()
         if id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, dict | list | set | deque):
             containers.append(value)
-            waiting += value.values() if isinstance(value, dict) else value
-        elif (
-            isinstance(value, Tensor)
-            and not isinstance(value, nn.Parameter)
-            and not is_lazy(value)
-            and not value.is_inference()
-        ):
-            tensors.append(value)
+            waiting += [(each, inside) for each in (value.values() if isinstance(value, dict) else value)]
+        elif isinstance(value, Tensor):
+            if not (isinstance(value, nn.Parameter) or is_lazy(value) or value.is_inference()):
+                tensors.append(value)
+        elif not inside and not isinstance(value, types.ModuleType):
+            waiting.append((getattr(value, "__dict__", None), True))
     return containers, tensors
 
 

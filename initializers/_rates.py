@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from initializers._inputs import as_inputs
-from initializers._layer import PIECE, Call, Layer
+from initializers._layer import PIECE, Call, Layer, check_input
 from initializers._layers import Layers, forward
 from initializers._model import InitializationError, in_parts, seed_all, unchanged_on_error, unwrapped, without_memory
 from initializers._plot import plot_rates
@@ -286,6 +286,7 @@ def _with_graph(
         name, x = call.layer.name, x.detach()
         if layers.per_image and len(x) != len(inputs[0]):
             raise _OtherRows
+        check_input(call.layer, [x])
         if before is not None and name not in gradients.layers:
             with torch.no_grad():
                 before(call, x)

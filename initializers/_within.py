@@ -18,7 +18,7 @@ from torch import Tensor
 
 from initializers._filters import DATA_DRIVEN, draw_filters
 from initializers._graph import Batches
-from initializers._layer import Call, Layer, channel_statistics
+from initializers._layer import Call, Layer, channel_statistics, check_input
 from initializers._layers import Layers
 from initializers._model import InitializationError
 from initializers._report import LayerReport, Report
@@ -51,6 +51,7 @@ def initialize_within(
         row = LayerReport(layer.name, tuple(layer.weight.shape))
         report.layers.append(row)
         inputs = entering()
+        check_input(layer, inputs)
         tied = known.tied.get(layer.name)
         if tied is not None:
             row.add_tied(tied)
@@ -205,5 +206,6 @@ def _statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """
     mean, std = channel_statistics(layer, outputs)
     if not (torch.isfinite(mean) & torch.isfinite(std)).all():
-        raise InitializationError(f"layer {layer.name}: its output holds NaN or Inf; check the weights before it")
+        message = f"layer {layer.name}: its output overflows: normalise the images, or check its weights"
+        raise InitializationError(message)
     return mean, std

@@ -364,6 +364,47 @@ def test_one_value_for_each_image(images, shape):
 # Forward passes that change the model.
 
 
+class Grid:
+    """A helper that is no module, with a memory of its own."""
+
+    def __init__(self):
+        self.rows, self.sizes, self.strength = None, [], torch.full((1,), 0.1)
+
+    def fit(self, x):
+        self.rows = torch.linspace(-1, 1, 16).square().expand(len(x), 1, 1, -1).clone()
+        self.sizes.append(len(x))
+
+    def __call__(self):
+        self.strength.mul_(1.1)
+        return self.rows * self.strength
+
+
+class Fitted(nn.Module):
+    """Fits its helper to the number of images where that is another than the last time."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.grid, self.last = Grid(), None
+
+    def forward(self, x):
+        if len(x) != self.last:
+            self.last = len(x)
+            self.grid.fit(x)
+        return self.head(self.conv(x + self.grid()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("call", [initialize, rescale, lsuv, change_rate])
+def test_the_memory_of_a_helper(images, call):
+    model = Fitted()
+    model(images[:3])  # as when it is looked at
+    before, grid = copy.deepcopy(vars(model.grid)), model.grid
+    call(model, images)
+    assert model.grid is grid
+    assert model.last == 3
+    assert {name: str(value) for name, value in vars(grid).items()} == {n: str(value) for n, value in before.items()}
+
+
 class Memory(nn.Module):
     """Changes itself in every way that a forward pass does."""
 

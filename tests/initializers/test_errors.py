@@ -2,9 +2,11 @@
 
 import math
 import re
+from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from initializers import (
@@ -19,6 +21,7 @@ from initializers import (
     torch_default,
     xavier,
 )
+from initializers._filters import Filters
 from initializers._layer import channel_statistics
 from initializers._layers import ALL_COMPUTED, NO_LAYER
 
@@ -271,17 +274,45 @@ def test_one_image_cannot_vary(model, images):
     )
 
 
-def test_values_that_overflow(model, images):
+def test_values_that_are_no_numbers(model, images):
     model[1].running_var[3] = math.nan
-    check("layer 3: its output holds NaN or Inf; check the weights before it", initialize, model, images)
-    check("layer 3: its output has variance nan", lsuv, model, images)
+    message = r"layer 3: its input holds NaN or Inf; check what the model computes before it \(running"
+    for call in WITH_IMAGES:
+        check(message, call, model, images)
+    for filters in (*get_args(Filters), None):
+        check(message, initialize, model, images, filters, between=False)
+
+
+def test_values_that_overflow_in_a_layer(model, images):
+    with torch.no_grad():
+        model[3].weight[2] = 1e30
+        images *= 1e10
+    message = "layer 3: its output overflows: normalise the images, or check its weights"
+    check(message, initialize, model, images, None, between=False)
+
+
+def test_images_that_are_too_small_for_what_comes_before_a_layer():
+    """As a grid of coordinates from -1 to 1, of one pixel."""
+
+    class Grid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = F.relu(self.conv(x))
+            places = torch.arange(x.shape[-1]) / (x.shape[-1] - 1)
+            return self.head((x * places).mean((2, 3)))
+
+    images = torch.randn(16, 3, 4, 4)
+    for call in WITH_IMAGES:
+        check("layer head: its input holds NaN or Inf; .* the images have the size", call, Grid(), images)
 
 
 def test_layers_that_cannot_be_balanced(model, images):
     check("the output or its gradient overflows: normalise the images, or", rescale, model, 1e25 * images)
-    check(
-        "the output or its gradient overflows", rescale, nn.Sequential(Call(lambda x: 1e30 * x), model), 1e10 * images
-    )
+    before = nn.Sequential(Call(lambda x: 1e30 * x), model)
+    check("layer 1.0: its input holds NaN or Inf", rescale, before, 1e10 * images)
     nn.init.constant_(model[3].bias, -1e9)
     nn.init.zeros_(model[6].weight)
     for options in ({}, {"nonhomogeneous": "scale"}):

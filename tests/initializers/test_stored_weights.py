@@ -163,6 +163,8 @@ class Net(nn.Module):
         self.compute, self.of_bias = compute, of_bias
         self.register_buffer("small", torch.tensor(0.2))
         self.register_buffer("mask", torch.rand(8, 8, 3, 3) > 0.4)
+        self.frozen = nn.Parameter(self.mask.float(), requires_grad=False)
+        self.strength = nn.Parameter(torch.tensor(0.3), requires_grad=False)
 
     def forward(self, x):
         x = F.conv2d(self.first(x).relu(), self.compute(self), self.of_bias(self), padding=1)
@@ -181,6 +183,10 @@ COMPUTED = {
     "a mask": {"compute": lambda model: model.weight * model.mask},
     "a mask first": {"compute": lambda model: model.mask.float() * model.weight},
     "a mask and a number": {"compute": lambda model: model.weight * model.mask * 0.1},
+    "a frozen mask": {"compute": lambda model: model.weight * model.frozen},
+    "a frozen mask first": {"compute": lambda model: model.frozen * model.weight},
+    "a frozen number": {"compute": lambda model: model.weight * model.strength},
+    "by a frozen number": {"compute": lambda model: model.weight / model.strength},
     "flat": {"compute": lambda model: model.weight.view(8, 8, 3, 3), "shape": (8, 72)},
     "flat, times a number": {"compute": lambda model: (model.weight * 0.1).view(8, 8, 3, 3), "shape": (8, 72)},
     "channels last": {"compute": lambda model: model.weight.permute(0, 3, 1, 2), "shape": (8, 3, 3, 8)},
