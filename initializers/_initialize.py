@@ -17,7 +17,7 @@ from initializers._model import InitializationError, constants, scripted, unchan
 from initializers._propagate import Lrn, Outputs, propagate
 from initializers._report import Report
 from initializers._sweep import Recorded, inactive_dropout, recorded, with_masks
-from initializers._within import Within, initialize_within
+from initializers._within import Within, initialize_within, note_rounding
 
 Method = Literal["balance", "paper"]
 Nonhomogeneous = Literal["pin", "scale"]
@@ -116,7 +116,7 @@ def initialize(
         if filters is not None or within:
             rule = Within(filters, within, bias, factors or {}, seed)
             step = partial(initialize_within, layers, inputs, known, rule, report)
-            with_masks(layers, inputs, report, step)
+            note_rounding(layers, inputs, known, with_masks(layers, inputs, report, step), report)
             if follow and known.graph is None:  # other weights may choose other experts
                 known = _recorded(layers, inputs, follow=True)
         if between and nonhomogeneous == "scale":

@@ -56,6 +56,7 @@ class Layers:
     per_image: bool | None = None  # whether the rows of all inputs are the images; None where nothing ran yet
     functional_dropout: set[float] = field(default_factory=set)  # probabilities of dropout by functions, inactive
     random: set[str] = field(default_factory=set)  # names of functions that drew random numbers
+    drawn: bool = False  # whether these, or dropout that is active, drew any
     computed: bool = False  # whether the weight of a use was computed of parameters
     numbers: bool = False  # whether numbers are computed of weights, so that one that multiplies weights may change
     apart: set[str] = field(default_factory=set)  # of what is found, what computes weights of others, and is no layer
@@ -269,6 +270,7 @@ class AffineMode(TorchFunctionMode):
             self.layers.functional_dropout.add(probability)
         if func.__name__ in RANDOM:
             self.layers.random.add(func.__name__.removesuffix("_"))
+        self.layers.drawn |= func.__name__ in RANDOM or (probability > 0 and active)
         call = None if given is None else self.layers.call(func.__name__, given, self.sources)
         output = self.operation(func, args, kwargs, call)
         self._note_scaled(func, args, output)

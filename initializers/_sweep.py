@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from initializers._model import (
 )
 from initializers._record import UngraphableError, record, record_once
 from initializers._report import Report
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -47,6 +50,10 @@ class Recorded:
     def tied(self) -> dict[str, str]:
         """See `Graph.tied`."""
         return {} if self.seen is None else self.seen.tied
+
+    def batch(self, images: int) -> int:
+        """How many of so many images go through the network at a time."""
+        return images if self.graph is None or self.graph.interact else IMAGES_AT_A_TIME
 
     def other_use(self, parameter: Tensor) -> str | None:
         """See `Graph.other_use`."""
@@ -105,7 +112,7 @@ def sweep(layers: Layers, inputs: tuple[Tensor, ...], known: Recorded, visit: Vi
 
     with without_memory(layers.model):
         if known.graph is not None:
-            known.graph.run(inputs, len(inputs[0]) if known.graph.interact else IMAGES_AT_A_TIME, note)
+            known.graph.run(inputs, known.batch(len(inputs[0])), note)
         elif in_parts := _in_parts(layers, inputs):
             for call in in_parts:
                 note(call, partial(_uses, layers, inputs, call.layer, 0), partial(_uses, layers, inputs, call.layer, 1))
@@ -151,15 +158,19 @@ def _uses(layers: Layers, inputs: tuple[Tensor, ...], layer: Layer, which: int) 
     return found
 
 
-def with_masks(layers: Layers, inputs: tuple[Tensor, ...], report: Report, set_weights: Callable[[], None]) -> None:
+def with_masks(layers: Layers, inputs: tuple[Tensor, ...], report: Report, set_weights: Callable[[], Result]) -> Result:
     """Set the weights; once more where the model's forward pass sets some of them to 0, as masked convolutions do.
 
     New weights are computed with as they are until that happens. What is 0 then is known as the `mask` of a layer.
+
+    Returns:
+        What `set_weights` returns.
     """
-    set_weights()
+    result = set_weights()
     if _find_masks(layers, inputs):
         report.layers.clear()
-        set_weights()
+        result = set_weights()
+    return result
 
 
 @torch.no_grad()

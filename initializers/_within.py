@@ -10,7 +10,7 @@ and go on to the next layer with the outputs that these give. The columns of a l
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +19,13 @@ from torch import Tensor
 from initializers._filters import DATA_DRIVEN, draw_filters
 from initializers._graph import Batches
 from initializers._layer import Call, Layer, channel_statistics, check_input
-from initializers._layers import Layers
-from initializers._model import InitializationError
+from initializers._layers import Layers, forward
+from initializers._model import InitializationError, without_memory
 from initializers._report import LayerReport, Report
 from initializers._sweep import Recorded, sweep
 
 FLAT = 1e-5  # of the mean of a channel or of its input: a standard deviation below is rounding
+ROUNDING = 1e-3  # of a unit standard deviation: what rounding may change of statistics without a note
 FAINT = 1e-6  # of the input of a layer: a group of it below is rounding of what cancelled out before
 
 
@@ -41,8 +42,14 @@ class Within:
 
 def initialize_within(
     layers: Layers, inputs: tuple[Tensor, ...], known: Recorded, rule: Within, report: Report
-) -> None:
-    """Filters and Algorithm 1 in one pass over all images; `report` gets a row for each layer."""
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Filters and Algorithm 1 in one pass over all images; `report` gets a row for each layer.
+
+    Returns:
+        By name of the layers that were normalised, mean and standard deviation of each output channel in the first
+        batch of images.
+    """
+    first: dict[str, tuple[Tensor, Tensor]] = {}
     generator = torch.Generator(inputs[0].device).manual_seed(rule.seed)
 
     def visit(call: Call, entering: Batches, compute: Batches) -> None:
@@ -81,9 +88,42 @@ def initialize_within(
                 row.add_note(_normalise_channels(layer, outputs, mu, sigma, dead, rule.beta))
             mu, sigma = _statistics(layer, outputs)
             row.mean_after, row.std_after = mu[seen].mean().item(), sigma[seen].mean().item()
+            first[layer.name] = _statistics(layer, outputs[:1])
         row.seconds = time.perf_counter() - start
 
     sweep(layers, inputs, known, visit)
+    return first
+
+
+@torch.no_grad()
+def note_rounding(
+    layers: Layers, inputs: tuple[Tensor, ...], known: Recorded, first: dict[str, tuple[Tensor, Tensor]], report: Report
+) -> None:
+    """Note the layers whose statistics another pass of the first batch changes, other than by random numbers.
+
+    Without a graph, and where functions draw random numbers, nothing is noted.
+
+    Args:
+        first: what `initialize_within` returns.
+    """
+    if known.graph is None or layers.random:
+        return
+    batch = known.batch(len(inputs[0]))
+    again = layers.anew()
+    rows = {row.name: row for row in report.layers}
+
+    def compare(call: Call, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        output = compute()
+        before = first.pop(call.layer.name, None)
+        if before is not None and not again.drawn:
+            now = channel_statistics(call.layer, [output])
+            change = max((a - b).abs().max().item() for a, b in zip(before, now, strict=True))
+            if change > ROUNDING:
+                rows[call.layer.name].add_note(f"rounding before it changes its mean or std by up to {change:.2g}")
+        return output
+
+    with without_memory(layers.model):
+        forward(again, tuple(x[:batch] for x in inputs), compare)
 
 
 def _set_filters(

@@ -305,6 +305,20 @@ class Queries(nn.Module):
         return self.head(weights @ memory).mean(1)
 
 
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("count", [8, 40])
+def test_statistics_that_rounding_changes_are_noted(double, count):
+    """Behind a large constant float32 keeps little of what varies."""
+    images = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    drop = nn.Dropout(0.2)  # whose masks are others in each pass
+    model = build(lambda m, x: m.head(drop(F.relu(m.next(1e-4 * F.relu(m.conv(x)) + 1)).mean((2, 3)))))
+    if double:
+        model, images = model.double(), images.double()
+    report = initialize(model, images, "gaussian", between=False)
+    notes = {row.name: row.note for row in report.layers if "rounding before it changes its mean or std" in row.note}
+    assert [*notes] == ([] if double else ["next"])
+
+
 @pytest.mark.parametrize("nonhomogeneous", ["pin", "scale"])
 def test_gradients_that_are_rounding_are_left_out_of_the_balance(images, nonhomogeneous):
     torch.manual_seed(0)
