@@ -56,10 +56,10 @@ def unnormalised(model: nn.Module) -> Iterator[None]:
         inside = [(norm.v.clone(), norm.g.clone()) for norm in norms]
     yield
     with torch.no_grad():
-        for norm, found, multiplied in zip(norms, before, inside, strict=True):
-            if all(torch.equal(*pair) for pair in zip((norm.v, norm.g), multiplied, strict=True)):
-                norm.v.copy_(found[0])
-                norm.g.copy_(found[1])
+        for norm, (v, g), then in zip(norms, before, inside, strict=True):
+            if torch.equal(norm.v, then[0]) and torch.equal(norm.g, then[1]):
+                norm.v.copy_(v)
+                norm.g.copy_(g)
             else:
                 norm.g.mul_(torch.norm_except_dim(norm.v, 2, norm.dim))
 

@@ -217,6 +217,42 @@ def test_weights_that_are_computed_of_one_parameter_and_constants(images, kind, 
     assert_normalised(model, images)
 
 
+class OneVector(nn.Module):
+    """All of its weights and biases are parts of one vector, as where a network is a point in a space."""
+
+    SHAPES = ((8, 3, 3, 3), (8,), (8, 8, 3, 3), (8,), (5, 8), (5,))
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = [torch.Size(shape).numel() for shape in self.SHAPES]
+        self.vector = nn.Parameter(0.1 * torch.randn(sum(self.sizes), generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        split = zip(self.vector.split(self.sizes), self.SHAPES, strict=True)
+        first, first_bias, second, second_bias, last, last_bias = (part.view(shape) for part, shape in split)
+        x = F.conv2d(F.conv2d(x, first, first_bias).relu(), second, second_bias)
+        return F.linear(x.relu().mean((2, 3)), last, last_bias)
+
+
+@pytest.mark.parametrize("filters", ["gaussian", "kmeans", None])
+@pytest.mark.parametrize("nonhomogeneous", ["pin", "scale"])
+def test_weights_that_are_parts_of_one_vector(images, filters, nonhomogeneous):
+    model = OneVector()
+    report = initialize(model, images, filters, between=False)
+    assert [row.name for row in report.layers] == ["vector[0:216]", "vector[224:800]", "vector[808:848]"]
+    assert not report.kept
+    assert_normalised(model, images)
+    before = model(images)
+    for _ in range(2):  # with the auxiliary scaling that the first leaves
+        report = rescale(model, images, nonhomogeneous=nonhomogeneous)
+        assert report.spread_after < 1.001
+        assert report.output_change < 1e-5
+    torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)
+    initialize(model, images, filters, between=False)
+    assert_normalised(model, images)
+    lsuv(model, images)
+
+
 def test_a_rate_is_that_of_what_is_stored(images):
     """A layer that computes with a tenth of what it stores learns a hundredth as fast."""
     rates = []
