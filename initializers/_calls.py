@@ -30,6 +30,9 @@ VIEWS = {
     *("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "permute", "transpose", "movedim", "t", "T"),
     *("mT", "squeeze", "unsqueeze", "chunk", "split", "unbind", "__getitem__", "expand"),
 }
+# They take none of the values that come in, at most a shape: to give zeros, or memory to be written to, or others.
+BLANK = {"zeros", "empty", "zeros_like", "new_zeros", "empty_like", "new_empty"}
+FILLED = {"ones_like", "new_ones", "full_like", "new_full", "rand_like", "randn_like", "randint_like"}
 MODULE_FUNCTIONS = {"linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))}
 
 # `multi_head_attention_forward` hands itself to the active mode before anything else; this copy goes straight on, so

@@ -58,7 +58,8 @@ def draw_filters(
         centre: leave the direction of the mean patch out of patches and filters, so that the outputs have mean 0: for
             a layer without a bias that could see to it. Behind BatchNorm with fresh running statistics, evaluation
             and training mode then agree. Groups whose patches hardly vary otherwise, such as a depthwise filter on
-            maps of one position, keep it.
+            maps of one position, keep it, and get the sign with which it is positive: a ReLU behind the layer would
+            cut the others off, for all images.
 
     Returns:
         The weights (groups, outputs, inputs, kernel), the kind that was used, and a note: empty, or why it is another.
@@ -68,13 +69,15 @@ def draw_filters(
     layer = call.layer
     if layer.transposed or not centre:
         return _draw(kind, call, inputs, generator, None)
-    direction = _mean_direction(call, inputs, generator)
+    mean, apart = _mean_direction(call, inputs, generator)
+    direction = mean * apart
     blocks, kind, note = _draw(kind, call, inputs, generator, direction)
     filters = blocks.transpose(2, 3).flatten(2).float()
-    left = int((direction == 0).all(1).sum())
+    left = int((~apart).sum())
     if left:
         reason = f"{left} of {layer.groups} groups keep their mean, as their input hardly varies but along it"
         note = f"{note}; {reason}" if note else reason
+        filters = torch.where(~apart & (filters @ mean < 0), -filters, filters)
     return _as_blocks(layer, filters - (filters @ direction) @ direction.mT), kind, note
 
 
@@ -106,8 +109,11 @@ def _draw(
     return torch.where(still.view(-1, 1, 1, 1), _gaussian(layer, generator), blocks), kind, note
 
 
-def _mean_direction(call: Call, inputs: list[Tensor], generator: torch.Generator) -> Tensor:
-    """Unit vectors (groups, patch, 1) along the mean patch of each group; 0 where nothing else varies."""
+def _mean_direction(call: Call, inputs: list[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Unit vectors (groups, patch, 1) along the mean patch of each group, and whether patches vary apart from it.
+
+    The second is bool (groups, 1, 1).
+    """
     groups, _, width, kernel = call.layer.blocks.shape
     positions = tuple(range(inputs[0].ndim - 1))
     mean = torch.as_tensor(sum(call.windows(x.detach()).sum(positions, dtype=torch.float32) for x in inputs))
@@ -115,7 +121,7 @@ def _mean_direction(call: Call, inputs: list[Tensor], generator: torch.Generator
     patches = draw_patches(call, inputs, MEAN_PATCHES, generator)
     patches -= patches.mean(1, keepdim=True)
     along, total = (patches @ direction).square().sum((1, 2)), patches.square().sum((1, 2))
-    return direction * (total - along > MIN_REST * total).view(-1, 1, 1)
+    return direction, (total - along > MIN_REST * total).view(-1, 1, 1)
 
 
 def _same(patches: Tensor) -> Tensor:

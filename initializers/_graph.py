@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from initializers._calls import RANDOM, dropout_of, input_of
+from initializers._calls import BLANK, FILLED, RANDOM, dropout_of, input_of
 from initializers._layer import Call, Layer, memory, overlap
 from initializers._layers import Layers
 from initializers._model import tensors_of
@@ -166,15 +166,17 @@ class Graph:
     def _used(self, operation: Operation) -> list[tuple[Tensor, str]]:
         """What an operation computes with and what does not depend on the images, and its name.
 
-        Not that of which it only gives a view, and not the weight and bias of a layer.
+        Not that of which it only gives a view or takes the shape, and not the weight and bias of a layer.
         """
+        if operation.name in BLANK | FILLED:
+            return []
         results = {self.storages[index] for index in operation.outputs}  # of a view: the parameter's own
         inputs = operation.inputs
         if operation.call is not None:
             entering = input_of(operation.name, operation.args, operation.kwargs)
             inputs = [entering.index] if isinstance(entering, Ref) else []
         inputs = [index for index in inputs if index in self.fixed]
-        scaled = self.layers.scaling(operation.func, self.fixed_args(operation))
+        scaled = self.layers.scaling(operation.func, self.fixed_args(operation), operation.kwargs)
         if scaled is not None and self.layers.owner(scaled[0]) in self._of_layers:
             return []
         return [(self.fixed[index], operation.name) for index in inputs if self.storages[index] not in results]

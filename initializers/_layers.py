@@ -26,7 +26,7 @@ from initializers._calls import (
 )
 from initializers._layer import Call, Layer, check_memory, has_kernel, is_dense, memory, overlap
 from initializers._model import InitializationError, outputs_of, scripted
-from initializers._scaled import PRODUCTS, AuxiliaryScaling, Scaled, source_of
+from initializers._scaled import MASKING, PRODUCTS, AuxiliaryScaling, Scaled, source_of
 from initializers._weight_norm import WeightNorm, multiplied, weight_norms
 
 SCRIPTED = (
@@ -87,12 +87,20 @@ class Layers:
         _, parameter = self.find(tensor)
         return parameter is not None and parameter.requires_grad
 
+    def _constants(self, shape: torch.Size) -> list[Tensor]:
+        """Buffers and frozen parameters of a shape."""
+        frozen = (parameter for parameter in self.model.parameters() if not parameter.requires_grad)
+        return [tensor for tensor in (*self.model.buffers(), *frozen) if tensor.shape == shape]
+
     def _is_constant(self, tensor: Tensor) -> bool:
-        """Whether a tensor has the values of a buffer, in whatever precision, or is a parameter that is frozen."""
-        buffers = [buffer for buffer in self.model.buffers() if buffer.shape == tensor.shape]
-        if any(torch.equal(buffer.to(tensor.dtype), tensor) for buffer in buffers):
-            return True
-        return self.find(tensor)[1] is not None and not self._is_learned(tensor)
+        """Whether a tensor has the values of a constant, in whatever precision."""
+        return any(torch.equal(constant.to(tensor.dtype), tensor) for constant in self._constants(tensor.shape))
+
+    def _is_mask(self, tensor: Tensor) -> bool:
+        """Whether a tensor is not 0 where a constant is not, or where one is; or 0 everywhere."""
+        mask = tensor != 0
+        masks = [constant != 0 for constant in self._constants(tensor.shape)]
+        return not mask.any() or any(torch.equal(mask, each) or torch.equal(mask, ~each) for each in masks)
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to a parameter that is frozen, where these are left alone."""
@@ -136,30 +144,51 @@ class Layers:
         """Why there is no layer."""
         return SCRIPTED if any(scripted(self.model)) else ALL_COMPUTED if self.computed else NO_LAYER
 
-    def scaling(self, func: Callable, args: tuple) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def scaling(self, func: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """The parameter, the factor and the mask where a function multiplies a parameter by a constant.
 
         That is what `AuxiliaryScaling` or weight normalisation has, a number, a buffer or a frozen parameter of one
         value, or one of zeros and ones for each weight.
         """
         name = getattr(func, "__name__", "")
-        if name not in PRODUCTS or len(args) != 2:
-            return None
+        found = self._multiplied(PRODUCTS[name], args) if name in PRODUCTS and len(args) == 2 else None
+        return found or (self._masked(func, args, kwargs) if name in MASKING else None)
+
+    def _multiplied(self, power: int, args: tuple) -> tuple[Tensor, Tensor, None] | None:
+        """As `scaling`, for a product with one number, or with one for each row."""
         of_rows = id(args[1]) in self.factors
         turned = not of_rows and isinstance(args[1], Tensor) and self._is_learned(args[1])
         one, other = args[::-1] if turned else args
-        if not isinstance(one, Tensor) or self.find(one)[1] is None or (one is args[1] and PRODUCTS[name] < 0):
+        if not isinstance(one, Tensor) or self.find(one)[1] is None or (one is args[1] and power < 0):
             return None
         if isinstance(other, Tensor):
-            if not of_rows and not self._is_constant(other):
+            if not of_rows and (other.numel() != 1 or not self._is_constant(other)):
                 return None
-            if not of_rows and other.numel() != 1:
-                fits = other.shape == one.shape and bool(((other == 0) | (other == 1)).all())
-                return (one, one.new_ones(()), other.to(one).contiguous()) if fits and PRODUCTS[name] > 0 else None
         elif not isinstance(other, int | float) or other <= 0 or (self.numbers and not isinstance(other, int)):
             return None
         factor = other.detach() if isinstance(other, Tensor) else one.new_tensor(other)
-        return one, factor ** PRODUCTS[name], None
+        return one, factor**power, None
+
+    def _masked(self, func: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As `scaling`, for a function that keeps some values of a parameter and sets the others to 0."""
+        if not all(isinstance(value, int | float) for value in kwargs.values()):
+            return None
+        parameters = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and self.find(arg)[1] is not None]
+        places = [i for i in parameters if self._is_learned(args[i])] or parameters
+        if len(places) != 1 or any(arg is None for arg in args):  # a value that depends on the images
+            return None
+        one = args[places[0]]
+        others = [arg for i, arg in enumerate(args) if i not in places and isinstance(arg, Tensor)]
+        if torch.broadcast_shapes(one.shape, *(other.shape for other in others)) != one.shape:
+            return None
+        if not all(self._is_mask(other) for other in others):
+            return None
+        once, twice = (
+            func(*(torch.full_like(one, value) if i in places else arg for i, arg in enumerate(args)), **kwargs)
+            for value in (1, 2)
+        )
+        fits = once.shape == one.shape and ((once == 0) | (once == 1)).all() and torch.equal(twice, 2 * once)
+        return (one, one.new_ones(()), once.contiguous()) if fits else None
 
     def call(self, function: str, given: dict[str, Any], sources: dict[int, Scaled]) -> Call | None:
         """The use of an affine layer that this call of an affine function is; None if it is none.
@@ -282,16 +311,16 @@ class AffineMode(TorchFunctionMode):
         self.layers.drawn |= func.__name__ in RANDOM or (probability > 0 and active)
         call = None if given is None else self.layers.call(func.__name__, given, self.sources)
         output = self.operation(func, args, kwargs, call)
-        self._note_scaled(func, args, output)
+        self._note_scaled(func, args, kwargs, output)
         return output
 
-    def _note_scaled(self, func: Callable, args: tuple, output) -> None:
+    def _note_scaled(self, func: Callable, args: tuple, kwargs: dict, output) -> None:
         """Note a product of a parameter, or of such a product, with a constant."""
-        if func.__name__ not in PRODUCTS:
+        if func.__name__ not in PRODUCTS.keys() | MASKING:
             return
-        before = [self.sources.get(memory(arg)) if isinstance(arg, Tensor) else None for arg in args[:2]]
-        known = [arg if source is None else source.parameter for arg, source in zip(args, before, strict=False)]
-        found = self.layers.scaling(func, (*known, *args[2:]))
+        before = [self.sources.get(memory(arg)) if isinstance(arg, Tensor) else None for arg in args]
+        known = [arg if source is None else source.parameter for arg, source in zip(args, before, strict=True)]
+        found = self.layers.scaling(func, tuple(known), kwargs)
         if found is None or not isinstance(output, Tensor):
             return
         parameter, factor, mask = found

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from initializers._calls import AFFINE, MODULE_FUNCTIONS, VIEWS, input_of
+from initializers._calls import AFFINE, BLANK, FILLED, MODULE_FUNCTIONS, VIEWS, input_of
 from initializers._graph import SIZES, Graph, Operation, Ref, at_size, map_tree, resolve
 from initializers._labels import ZERO, Labels, full
 from initializers._layer import Layer, memory, overlap
@@ -62,9 +62,6 @@ _SIGNS = {"sign", "sgn", "signbit", "angle", "isnan", "isinf", "isfinite"}  # no
 _COMPARING = {"gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal"}
 # Powers of what comes in: (of the scale that goes out, of that which comes in), which are equal.
 _POWERS = {"square": (1, 2), "sqrt": (2, 1), "rsqrt": (2, -1), "reciprocal": (1, -1)}
-# They take none of the values that come in, at most a shape: to give zeros, or memory to be written to, or others.
-_BLANK = {"zeros", "empty", "zeros_like", "new_zeros", "empty_like", "new_empty"}
-_FILLED = {"ones_like", "new_ones", "full_like", "new_full", "rand_like", "randn_like", "randint_like"}
 _FOURIER = {f"fft_{kind}fft{n}" for kind in ("", "i", "r", "ir", "h", "ih") for n in ("", "2", "n")}
 _FOURIER |= {"fft_fftshift", "fft_ifftshift"}
 _ADDING = {"add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin"}
@@ -123,7 +120,7 @@ class _Propagation(Labels):
             **dict.fromkeys(_ADDING, self._add),
             **dict.fromkeys(_MULTIPLYING, self._multiply),
             **dict.fromkeys([*_POWERS, "pow"], self._power),
-            **dict.fromkeys(_BLANK | _FILLED, self._make),
+            **dict.fromkeys(BLANK | FILLED, self._make),
             "normalize": self._normalize,
             **dict.fromkeys(("matmul", "bmm", "mm", "spmm", "_sparse_mm"), self._matmul),
             **dict.fromkeys(("addcmul", "addcdiv"), self._add_product),
@@ -141,7 +138,7 @@ class _Propagation(Labels):
         for position, operation in enumerate(self.graph.operations):
             self.position, name = position, _canonical(operation.name)
             self._note_others(operation, name)
-            if operation.call is None and name not in _BLANK and not any(map(self._is_followed, operation.inputs)):
+            if operation.call is None and name not in BLANK and not any(map(self._is_followed, operation.inputs)):
                 continue
             try:
                 self._label(operation, self._apply(operation, name))
@@ -185,7 +182,7 @@ class _Propagation(Labels):
             self.scales.pinned_by.add(_canonical(operation.name).strip("_") + how)
 
     def _make(self, operation: Operation) -> list[Tensor]:
-        return [full(ZERO if _canonical(operation.name) in _BLANK else PINNED, self._shape(operation))]
+        return [full(ZERO if _canonical(operation.name) in BLANK else PINNED, self._shape(operation))]
 
     def _carry(self, operation: Operation) -> list[Tensor] | None:
         if not isinstance(operation.args[0], Ref):
@@ -636,6 +633,8 @@ class _Propagation(Labels):
 
     def _note_others(self, operation: Operation, name: str) -> None:
         """Note uses of parameters of affine layers, and of buffers, other than as what they are."""
+        if name in BLANK | FILLED:
+            return
         fixed, owner = self.graph.fixed, self.graph.layers.owner
         inputs = operation.inputs
         if operation.call is not None:
@@ -643,7 +642,7 @@ class _Propagation(Labels):
         tensors = [fixed[index] for index in inputs if index in fixed]
         given = self.graph.fixed_args(operation)
         known = tuple(self.computed.get(memory(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in given)
-        scaled = self.graph.layers.scaling(operation.func, known)
+        scaled = self.graph.layers.scaling(operation.func, known, operation.kwargs)
         if scaled is not None and operation.outputs[0] in fixed:
             self.computed[memory(fixed[operation.outputs[0]])] = scaled[0]
             return

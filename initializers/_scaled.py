@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from initializers._layer import memory
 
 PRODUCTS = {"mul": 1, "multiply": 1, "div": -1, "divide": -1, "true_divide": -1}  # and the power of the second
+MASKING = {"mul", "multiply", "where", "masked_fill", "tril", "triu"}  # functions that may set some values to 0
 
 
 class AuxiliaryScaling(nn.Module):

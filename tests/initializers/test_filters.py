@@ -581,3 +581,22 @@ def test_patches_in_a_few_directions_are_whitened_in_these_alone():
     assert whitening.shape == (1, 200, 10)
     assert not whitening[:, :, 4:].any()
     torch.testing.assert_close((points @ whitening)[0].std(0, correction=0)[:4], torch.ones(4), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("filters", get_args(Filters))
+def test_a_depthwise_filter_on_one_position_is_not_cut_off(filters):
+    """As in MobileNetV2 on small images: without a bias it keeps its mean, which is positive for the ReLU behind it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 8, bias=False), nn.BatchNorm2d(16), nn.ReLU6()),
+        *(nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6()),
+        *(nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 5)),
+    ).eval()
+    images = torch.randn(160, 3, 8, 8)
+    report = initialize(model, images, filters)
+    notes = {row.name: row.note for row in report.layers}
+    assert notes.pop("3") == "16 of 16 groups keep their mean, as their input hardly varies but along it"
+    assert not any(notes.values())
+    assert all(row.std_after == pytest.approx(1, abs=1e-4) for row in report.layers)
+    assert report.spread_after < 1.01
+    assert (model[:6](images).flatten(1).std(0) > 0).all()

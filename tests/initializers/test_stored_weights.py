@@ -164,6 +164,7 @@ class Net(nn.Module):
         self.register_buffer("small", torch.tensor(0.2))
         self.register_buffer("mask", torch.rand(8, 8, 3, 3) > 0.4)
         self.frozen = nn.Parameter(self.mask.float(), requires_grad=False)
+        self.register_buffer("kernel", torch.tensor([1.0, 0.0, 1.0]))
         self.strength = nn.Parameter(torch.tensor(0.3), requires_grad=False)
 
     def forward(self, x):
@@ -185,6 +186,14 @@ COMPUTED = {
     "a mask and a number": {"compute": lambda model: model.weight * model.mask * 0.1},
     "a frozen mask": {"compute": lambda model: model.weight * model.frozen},
     "a frozen mask first": {"compute": lambda model: model.frozen * model.weight},
+    "where a mask is": {"compute": lambda model: torch.where(model.mask, model.weight, 0.0)},
+    "where a frozen mask is not": {
+        "compute": lambda model: torch.where(model.frozen == 0, torch.zeros_like(model.weight), model.weight)
+    },
+    "filled": {"compute": lambda model: model.weight.masked_fill(~model.mask, value=0)},
+    "what a mask leaves out": {"compute": lambda model: model.weight * ~model.mask},
+    "a mask of the kernel": {"compute": lambda model: 0.5 * (model.kernel * model.weight)},
+    "a triangle of the kernel": {"compute": lambda model: torch.tril(model.weight, diagonal=1)},
     "a frozen number": {"compute": lambda model: model.weight * model.strength},
     "by a frozen number": {"compute": lambda model: model.weight / model.strength},
     "flat": {"compute": lambda model: model.weight.view(8, 8, 3, 3), "shape": (8, 72)},
