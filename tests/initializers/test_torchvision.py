@@ -1,10 +1,11 @@
 """The method holds on the networks of torchvision: whatever is in them, at every affine layer.
 
-Some of them amplify rounding, up to where float32 does not determine their outputs. The statistics of their layers are
-therefore tested in float64, and the between-layer step in float32, relative to `rounding`: how far the outputs in
-float32 are from those in float64.
+Some of them amplify rounding, up to where float32 does not determine their outputs. The statistics of their layers, and
+that their rates are equal, are therefore tested in float64, and the function in float32, relative to `rounding`: how
+far the outputs in float32 are from those in float64.
 """
 
+import copy
 import os
 from functools import partial
 from pathlib import Path
@@ -149,6 +150,7 @@ def check(model, x, filters, equal):
     check_within(report, statistics(model, x.double()))
 
     precise = outputs(model, x.double())
+    twin = copy.deepcopy(model) if equal else None
     before = outputs(model.float(), x)
     rounding = relative_change(precise, before)
     exact = max(EXACT, 10 * rounding)
@@ -158,8 +160,9 @@ def check(model, x, filters, equal):
     rates = [(layer.rate_before, layer.rate_after) for layer in report.layers]
     assert log_variance([after for _, after in rates]) < log_variance([before for before, _ in rates])
     assert report.spread_after < 1.001 * report.spread_before  # the same, where the extreme layers cannot change
-    if equal and not report.powers_of_two:
-        assert report.spread_after < 1.01
+    if twin is not None:  # in float32 the rates are those to some percent
+        assert initializers.rescale(twin, x.double()).spread_after < 1.001
+        assert report.powers_of_two or report.spread_after < 1.1
     elif not report.powers_of_two:  # what is left is what no scale can change that the network admits
         again = initializers.rescale(model, x)
         assert [layer.scale for layer in again.layers] == pytest.approx([1] * len(rates), rel=0.02)
