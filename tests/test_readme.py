@@ -526,9 +526,13 @@ def test_small_images_are_those_of_the_records():
     table = pd.read_csv(ROOT / "results" / "tables" / "small_images.csv")
     page = " ".join((ROOT / "docs" / "lsuv.md").read_text().split())
     mnist = table[table["preset"].str.contains("data.name=mnist")].sort_values("seed")
-    each = ", ".join(f"{top1 / 100:.4f}".removeprefix("0") for top1 in mnist["top1"])
-    assert {*mnist["init"]} == {"lsuv"}
-    assert f"| {each} (seeds {', '.join(map(str, mnist['seed']))}) at full scale" in page
+    digits = mnist["top1"].map(lambda top1: f"{top1 / 100:.4f}".removeprefix("0"))
+    lsuv = mnist["init"] == "lsuv"
+    assert f"| {', '.join(digits[lsuv])} (seeds {', '.join(map(str, mnist['seed'][lsuv]))}) at full scale" in page
+    others = dict(zip(mnist["init"][~lsuv], digits[~lsuv], strict=True))
+    assert {*mnist["seed"][~lsuv]} == {0}
+    assert "Xavier {xavier}, He {he}, our k-means {kmeans} with seed 0".format(**others) in page
+    assert mnist["top1"][~lsuv].between(mnist["top1"][lsuv].min(), mnist["top1"][lsuv].max()).all()
     fitnet = table[table["preset"].str.contains("FitNet4")]
     fitnet = fitnet.assign(activation=fitnet["variant"].str.removeprefix("model.activation="))
     normalised = fitnet["init"].str.endswith(" model.batch_norm=true")

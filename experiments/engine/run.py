@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def execute(
         return
     if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("tensorboard=true needs the package tensorboard: pip install tensorboard, or leave it out")
+    commit()  # of the code as it was loaded: its files may be others when the record is written
     device = set_up(cfg.device, cfg.threads, cfg.tf32)
     with distributed.processes(device):
         record, done = record_of(folder, cfg)
@@ -360,6 +362,7 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@cache
 def commit() -> dict[str, str | bool | None]:
     """The commit of this code, and whether files differ from it; None where git does not know this file."""
     known = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None  # else: of a repository around it
