@@ -305,27 +305,34 @@ def test_when_it_helps_is_that_of_the_records():
     ]
     stated, inits = [[cell.strip() for cell in line] for line in lines], ("torch", "lsuv", "gaussian", "kmeans")
     mean = {}
-    for network, cells in zip(("convnext_atto", "resnet18"), stated, strict=True):
+    deviation = {}
+    for network, cells in zip(("convnext_atto", "resnet18", "mobilenetv2"), stated, strict=True):
         for init, cell in zip(inits, cells, strict=True):
             runs = table[table["preset"].str.contains(network) & (table["init"] == init)]
             assert sorted(runs["seed"]) == [0, 1, 2]
             (lr,), found = {*runs["config.optimizer.lr"]}, runs["top1"].dropna()
             diverging = {3: "", 2: ", one of three diverges"}[len(found)]
             assert cell == f"{found.mean():.1f} ± {found.std():.1f} / {lr:g}{diverging}"
-            mean[network, init] = found.mean()
-    text = " ".join(DOCS["initializers"].split())
-    gains = [mean[network, "kmeans"] - mean[network, "torch"] for network in ("resnet18", "convnext_atto")]
-    assert "by {:.1f} points of PyTorch's default without BatchNorm, and by {:.1f}, little".format(*gains) in text
-    spread = [
-        table[table["preset"].str.contains("convnext_atto") & (table["init"] == init)]["top1"].var()
-        for init in ("torch", "kmeans")
-    ]
-    assert 2 < gains[1] / (sum(spread) / 3) ** 0.5 < 2.5
-    for network in ("convnext_atto", "resnet18"):
+            mean[network, init], deviation[network, init] = found.mean(), found.std()
         assert max(inits, key=lambda init, network=network: mean[network, init]) == "kmeans"
-        assert mean[network, "gaussian"] < mean[network, "torch"] - 1
-    assert abs(mean["convnext_atto", "lsuv"] - mean["convnext_atto", "torch"]) < 0.5
-    assert mean["resnet18", "lsuv"] < mean["resnet18", "torch"] - 1
+
+    def gain(network, init):
+        """Over PyTorch's default, and as so many standard errors."""
+        points = mean[network, init] - mean[network, "torch"]
+        error = (deviation[network, init] ** 2 + deviation[network, "torch"] ** 2) ** 0.5 / 3**0.5
+        return points, points / error
+
+    text = " ".join(DOCS["initializers"].split())
+    gains = [gain(network, "kmeans")[0] for network in ("mobilenetv2", "resnet18", "convnext_atto")]
+    said = "by {:.1f} points in MobileNetV2, by {:.1f} points in the ResNet, and by {:.1f}, little more than two"
+    assert said.format(*gains) in text
+    assert 2 < gain("convnext_atto", "kmeans")[1] < 2.5
+    assert f"So is LSUV in MobileNetV2, by {gain('mobilenetv2', 'lsuv')[0]:.1f} points" in text
+    assert gain("mobilenetv2", "lsuv")[1] > 4
+    assert abs(gain("convnext_atto", "lsuv")[0]) < 0.5
+    assert 0 < gain("mobilenetv2", "gaussian")[1] < 2
+    assert max(gain("convnext_atto", "gaussian")[0], gain("resnet18", "gaussian")[0]) < -1
+    assert gain("resnet18", "lsuv")[0] < -1
 
 
 def test_the_spreads_of_figure_1_are_those_of_the_record():
