@@ -84,8 +84,7 @@ def _layers_of_rows(layers: Layers, scaled: dict[str, Layer]) -> dict[str, list[
             names = rows.setdefault(whole, [name] * len(layers.model.get_parameter(whole)))
             found = layers.rows(part)
             if found is not None and found[1] is not None:
-                count = part.numel() if layers.model.get_parameter(whole).ndim == 1 else len(part)
-                names[found[1] : found[1] + count] = [name] * count
+                names[found[1]] = [name] * len(names[found[1]])
     return rows
 
 

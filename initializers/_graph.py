@@ -122,13 +122,20 @@ class Graph:
         return {step.call.layer for step in steps if step.call}
 
     @property
+    def uses(self) -> list[tuple[str, int]]:
+        """The uses of affine layers, in order: the name of the layer, and the rows of its input."""
+        return [
+            (step.call.layer.name, self.shapes[input_of(step.name, step.args, step.kwargs).index][0])
+            for step in self.operations
+            if step.call is not None
+        ]
+
+    @property
     def repeated(self) -> dict[str, int]:
         """Layers that are used several times, the first time with all images, and how often."""
         rows: dict[str, list[int]] = {}
-        for step in self.operations:
-            if step.call is not None:
-                entering = input_of(step.name, step.args, step.kwargs)
-                rows.setdefault(step.call.layer.name, []).append(self.shapes[entering.index][0])
+        for name, count in self.uses:
+            rows.setdefault(name, []).append(count)
         images = self.shapes[self.inputs[0]][0]
         return {name: len(each) for name, each in rows.items() if len(each) > 1 and each[0] >= images}
 

@@ -225,8 +225,8 @@ class Layers:
             return None
         return Call.of(layer, given)
 
-    def rows(self, tensor: Tensor) -> tuple[str, int | None] | None:
-        """The parameter of which a tensor is the whole (None) or the rows from the given number on.
+    def rows(self, tensor: Tensor) -> tuple[str, slice | None] | None:
+        """The parameter of which a tensor is the whole (None) or the given rows.
 
         The rows of a vector are its values, of which a part in a row may be a tensor of any shape.
         """
@@ -239,21 +239,19 @@ class Layers:
             return (name, None) if has_kernel(tensor) else None  # of other dimensions, or of another order of them
         first = int(tensor.storage_offset() - parameter.storage_offset())
         if parameter.ndim == 1 and parameter.is_contiguous() and is_dense(tensor) and has_kernel(tensor):
-            return name, first
+            return name, slice(first, first + tensor.numel())
         if tensor.shape[1:] != parameter.shape[1:] or tensor.stride() != parameter.stride():
             return None
-        return name, first // parameter.stride(0)
+        first //= parameter.stride(0)
+        return name, slice(first, first + len(tensor))
 
     def _name(self, weight: Tensor) -> str | None:
         found = self.rows(weight) or (self.rows(weight.t()) if weight.ndim == 2 else None)
         if found is None:
             return None
         norm = self.weight_norms.get(id(self.find(weight)[1]))
-        name, first = layer_name(found[0] if norm is None else norm.name), found[1]
-        if first is None:
-            return name
-        rows = weight.numel() if self.model.get_parameter(found[0]).ndim == 1 else len(weight)
-        return f"{name}[{first}:{first + rows}]"
+        name, rows = layer_name(found[0] if norm is None else norm.name), found[1]
+        return name if rows is None else f"{name}[{rows.start}:{rows.stop}]"
 
 
 def layer_name(parameter: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from initializers._calls import AFFINE, MODULE_FUNCTIONS, VIEWS, input_of
+from initializers._calls import AFFINE, MODULE_FUNCTIONS, VIEWS
 from initializers._graph import IMAGES_AT_A_TIME, SIZES, Graph, Operation, Ref, Size, at_size, map_tree
 from initializers._layer import Call
 from initializers._layers import AffineMode, Layers
@@ -82,7 +82,9 @@ def record(layers: Layers, inputs: tuple[Tensor, ...]) -> Graph:
         graph.others += [index for index in graph.outputs if index not in both]
         graph.outputs = both
     _check_alike(first, second)
-    per_image = all(set(_rows(graph)) == {size} for graph, size in zip((first, second), SIZES, strict=True))
+    per_image = all(
+        {rows for _, rows in graph.uses} == {size} for graph, size in zip((first, second), SIZES, strict=True)
+    )
     for one, other in zip(first.operations, second.operations, strict=True):
         one.args, one.kwargs = _generalise((one.args, one.kwargs), (other.args, other.kwargs))
     with forked_random(inputs[0].device):
@@ -144,12 +146,6 @@ def _check_alike(one: Graph, other: Graph) -> None:
     same = plans[0] == plans[1] and one.outputs == other.outputs
     if not (same and all(_equal(tensor, other.constants.get(index)) for index, tensor in one.constants.items())):
         raise UngraphableError(_DIFFERENT, one)
-
-
-def _rows(graph: Graph) -> list[int]:
-    """Rows of the inputs of all affine layers."""
-    calls = [operation for operation in graph.operations if operation.call is not None]
-    return [graph.shapes[input_of(call.name, call.args, call.kwargs).index][0] for call in calls]
 
 
 def record_once(layers: Layers, inputs: tuple[Tensor, ...], size: int) -> Graph:

@@ -65,6 +65,7 @@ def unnormalised(model: nn.Module) -> Iterator[None]:
 
 
 def _multiply(norm: WeightNorm) -> None:
+    """Make it W = c v, and all of g that c."""
     weight = torch._weight_norm(norm.v, norm.g, norm.dim)
     ratio = (weight.norm() / norm.v.norm()).item()
     if not math.isfinite(ratio) or ratio == 0 or math.isclose(ratio, 1, rel_tol=ROUNDING):

@@ -88,7 +88,7 @@ def initialize_within(
                 row.add_note(_normalise_channels(layer, outputs, mu, sigma, dead, rule.beta))
             mu, sigma = _statistics(layer, outputs)
             row.mean_after, row.std_after = mu[seen].mean().item(), sigma[seen].mean().item()
-            first[layer.name] = _statistics(layer, outputs[:1])
+            first[layer.name] = (mu, sigma) if len(outputs) == 1 else channel_statistics(layer, outputs[:1])
         row.seconds = time.perf_counter() - start
 
     sweep(layers, inputs, known, visit)

@@ -304,8 +304,7 @@ def test_when_it_helps_is_that_of_the_records():
         line.split("|")[2:-1] for line in DOCS["initializers"].splitlines() if re.match(r"\| .*, (Adam|SGD) \|", line)
     ]
     stated, inits = [[cell.strip() for cell in line] for line in lines], ("torch", "lsuv", "gaussian", "kmeans")
-    mean = {}
-    deviation = {}
+    mean, deviation = {}, {}
     for network, cells in zip(("convnext_atto", "resnet18", "mobilenetv2"), stated, strict=True):
         for init, cell in zip(inits, cells, strict=True):
             runs = table[table["preset"].str.contains(network) & (table["init"] == init)]
