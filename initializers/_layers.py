@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from initializers._calls import (
@@ -31,6 +32,9 @@ from initializers._weight_norm import WeightNorm, multiplied, weight_norms
 
 SCRIPTED = (
     "no layer of the model can be seen, as it is scripted: initialize it before torch.jit.script or torch.jit.trace"
+)
+EXPORTED = (
+    "no layer of the model can be seen, as it computes by operators of torch.ops: initialize it before torch.export"
 )
 NO_LAYER = "the model has no affine layer (convolution or linear) that runs and is not frozen: there is nothing to do"
 ALL_COMPUTED = (
@@ -58,6 +62,7 @@ class Layers:
     random: set[str] = field(default_factory=set)  # names of functions that drew random numbers
     drawn: bool = False  # whether these, or dropout that is active, drew any
     computed: bool = False  # whether the weight of a use was computed of parameters
+    operators: bool = False  # whether operators ran that functions of torch stand for, as in exported programs
     numbers: bool = False  # whether numbers are computed of weights, so that one that multiplies weights may change
     apart: set[str] = field(default_factory=set)  # of what is found, what computes weights of others, and is no layer
 
@@ -142,7 +147,9 @@ class Layers:
     @property
     def no_layer(self) -> str:
         """Why there is no layer."""
-        return SCRIPTED if any(scripted(self.model)) else ALL_COMPUTED if self.computed else NO_LAYER
+        if any(scripted(self.model)):
+            return SCRIPTED
+        return EXPORTED if self.operators else ALL_COMPUTED if self.computed else NO_LAYER
 
     def scaling(self, func: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """The parameter, the factor and the mask where a function multiplies a parameter by a constant.
@@ -297,6 +304,7 @@ class AffineMode(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return attention(*args, **kwargs)
+        self.layers.operators |= isinstance(func, OpOverload) and func.namespace == "aten"
         given = arguments_of(func, args, kwargs)
         if given is not None and unbatched(given):
             with self:

@@ -430,7 +430,7 @@ def outputs_of(
         output = model(*inputs[:positional], **dict(zip(names, inputs[positional:], strict=True)))
     except InitializationError:
         raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+    except Exception as error:  # a forward pass may raise nearly anything, such as a division by a size of zero
         shapes = ", ".join(str(tuple(image.shape)) for image in inputs[:4]) + ", ..." * (len(inputs) > 4)
         hint = ""
         if positional > 1:

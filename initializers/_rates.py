@@ -128,7 +128,7 @@ class _GradientFails(InitializationError):
     """The gradient of the output cannot be taken."""
 
 
-class _OtherRows(Exception):
+class _OtherRows(InitializationError):
     """The rows of a layer's input are not the images."""
 
 
@@ -237,7 +237,8 @@ def usable_rates(
     if not squares:
         raise InitializationError(
             "no layer learns: on these images no gradient reaches any weights that are not 0; initialize the model, or "
-            "give a last layer that starts at 0 random weights for this call"
+            "give a last layer that starts at 0 random weights for this call, or pass between=False where a part has "
+            "no gradient, as those that are quantized"
         )
     return measurement
 
@@ -349,7 +350,9 @@ class _Gradients:
         try:
             if top:
                 torch.autograd.grad(top, self.start, noise, allow_unused=True, retain_graph=keep)
-        except RuntimeError as error:
+        except InitializationError:
+            raise
+        except Exception as error:  # functions with a gradient of their own raise nearly anything
             message = f"change rates need the gradient of the model's output, which fails: {error}; pass between=False"
             raise _GradientFails(message) from error
         finally:

@@ -101,12 +101,12 @@ def note_rounding(
 ) -> None:
     """Note the layers whose statistics another pass of the first batch changes, other than by random numbers.
 
-    Without a graph, and where functions draw random numbers, nothing is noted.
+    Behind dropout, and where functions draw random numbers, nothing is noted.
 
     Args:
         first: what `initialize_within` returns.
     """
-    if known.graph is None or layers.random:
+    if layers.random:
         return
     batch = known.batch(len(inputs[0]))
     again = layers.anew()

@@ -319,6 +319,22 @@ def test_statistics_that_rounding_changes_are_noted(double, count):
     assert [*notes] == ([] if double else ["next"])
 
 
+def shifted(model, x, constant):
+    y = model.next(1e-4 * F.relu(model.conv(x)) + constant)
+    return model.head(F.relu(y if y.sum() > -1e9 else -y).mean((2, 3)))
+
+
+@pytest.mark.parametrize("size", [40, 8])
+@pytest.mark.parametrize("constant", [1, 0])
+def test_statistics_that_rounding_changes_are_noted_without_a_graph(size, constant):
+    """Also where the layers see some of the images at a time."""
+    images = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = build(lambda m, x: torch.cat([shifted(m, part, constant) for part in x.split(size)]))
+    report = initialize(model, images, "gaussian", between=False)
+    notes = {row.name: row.note for row in report.layers if "rounding before it changes its mean or std" in row.note}
+    assert [*notes][:1] == ["next"] * constant
+
+
 @pytest.mark.parametrize("nonhomogeneous", ["pin", "scale"])
 def test_gradients_that_are_rounding_are_left_out_of_the_balance(images, nonhomogeneous):
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from initializers import (
 )
 from initializers._filters import Filters
 from initializers._layer import channel_statistics
-from initializers._layers import ALL_COMPUTED, NO_LAYER
+from initializers._layers import ALL_COMPUTED, EXPORTED, NO_LAYER
 
 WITH_IMAGES = (initialize, rescale, change_rate, lsuv)
 WITHOUT_IMAGES = (caffe, gaussian, msra, torch_default, xavier)
@@ -165,6 +165,14 @@ def test_nothing_to_initialize(call, images):
     for model in (nn.Sequential(nn.BatchNorm2d(3)), unused, Fixed()):
         check(re.escape(NO_LAYER), call, model, images)
     check(re.escape(ALL_COMPUTED), call, Computed(), images)
+
+
+@pytest.mark.parametrize("call", WITH_IMAGES)
+def test_an_exported_program(call, model, images):
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(model.eval(), (images[:2],), dynamic_shapes=({0: rows},))
+    with pytest.raises(InitializationError, match=re.escape(EXPORTED)):
+        call(program.module(), images)
 
 
 @pytest.mark.parametrize("call", WITHOUT_IMAGES)
@@ -319,6 +327,14 @@ def test_layers_that_cannot_be_balanced(model, images):
         check("no layer learns: on these images no gradient reaches", rescale, model, images, **options)
 
 
+def test_a_head_that_is_quantized_keeps_gradients_out(images):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 * 4, 5))
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(InitializationError, match=r"no layer learns: .*, or pass between=False where a part has no"):
+        initialize(model, images)
+    assert initialize(model, images, between=False).layers[0].std_after == pytest.approx(1, abs=1e-3)
+
+
 def test_a_layer_that_the_output_ignores(model, images):
     model[6] = Call(torch.ones_like)
     for call in (change_rate, rescale):
@@ -336,20 +352,44 @@ def test_an_output_without_a_gradient(model, images, cut):
     assert rescale(model, images, training=True).spread_after < 1.01
 
 
-def test_a_gradient_that_fails(model, images):
-    class NoGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
+class WrongSize(Exception):
+    """Of the model's own."""
 
-    model[2] = Call(NoGradient.apply)
+
+def too_small(x):
+    raise WrongSize(f"{x.shape[-1]} pixels are too few")
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [(too_small, "4 pixels are too few"), (lambda x: x[..., :: 3 // (x.shape[-1] // 8)], "integer .*by zero")],
+)
+def test_a_model_that_raises_what_it_likes(model, images, function, reason):
+    model[2] = Call(function)
+    for call in WITH_IMAGES:
+        check(rf"the model rejects images of shape \(\d+, 3, 9, 9\): {reason}", call, model, images)
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+
+class Unprepared(NoGradient):
+    """As blocks that recompute in the backward pass what only training keeps."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        torch.set_rng_state(None)
+
+
+@pytest.mark.parametrize(("function", "reason"), [(NoGradient, "You must "), (Unprepared, "expected a torch.ByteT")])
+def test_a_gradient_that_fails(model, images, function, reason):
+    model[2] = Call(function.apply)
+    message = f"change rates need the gradient of the model's output, which fails: {reason}.* pass between=False"
     for call in (change_rate, rescale):
-        check(
-            "change rates need the gradient of the model's output, which fails: You must .* pass between=False",
-            call,
-            model,
-            images,
-        )
+        check(message, call, model, images)
 
 
 @pytest.fixture
