@@ -91,7 +91,9 @@ def initialize(
 
     Raises:
         InitializationError: the model or the images cannot be used (no affine layer, NaN or Inf, a channel of no
-            variance, images of a shape that the model rejects, ...). The model is then exactly as it was.
+            variance, images of a shape that the model rejects, ...). The model is then exactly as it was, as after any
+            other error.
+        torch.OutOfMemoryError: pass fewer or smaller images.
     """
     for name, value, choices in (
         ("filters", filters, (*get_args(Filters), None)),

@@ -428,7 +428,7 @@ def outputs_of(
     torch.clear_autocast_cache()  # which holds casts of weights that have changed since
     try:
         output = model(*inputs[:positional], **dict(zip(names, inputs[positional:], strict=True)))
-    except InitializationError:
+    except (InitializationError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a forward pass may raise nearly anything, such as a division by a size of zero
         shapes = ", ".join(str(tuple(image.shape)) for image in inputs[:4]) + ", ..." * (len(inputs) > 4)

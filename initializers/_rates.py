@@ -350,7 +350,7 @@ class _Gradients:
         try:
             if top:
                 torch.autograd.grad(top, self.start, noise, allow_unused=True, retain_graph=keep)
-        except InitializationError:
+        except (InitializationError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # functions with a gradient of their own raise nearly anything
             message = f"change rates need the gradient of the model's output, which fails: {error}; pass between=False"

@@ -392,6 +392,26 @@ def test_a_gradient_that_fails(model, images, function, reason):
         check(message, call, model, images)
 
 
+class NoMemory(NoGradient):
+    @staticmethod
+    def backward(ctx, gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def no_memory(x):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("function", [no_memory, NoMemory.apply])
+def test_too_little_memory_is_not_the_fault_of_the_model(model, images, function):
+    model[2] = Call(function)
+    before = state(model)
+    for call in (initialize, change_rate):
+        with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory$"):
+            call(model, images)
+        assert_same(before, state(model))
+
+
 @pytest.fixture
 def constants(model):
     """The model with normalisations whose constants may be scaled."""

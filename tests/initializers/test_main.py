@@ -251,6 +251,15 @@ def test_packages_that_are_missing(module, package, folder, monkeypatch, capsys)
     assert message == f"this needs {package}, which is not installed: pip install {package}"
 
 
+def test_too_little_memory(folder, monkeypatch, capsys):
+    def flatten(module, x):
+        raise torch.OutOfMemoryError("of 9 GiB")
+
+    monkeypatch.setattr(nn.Flatten, "forward", flatten)
+    message = fails(capsys, folder, *arguments())
+    assert message == "too little memory on cpu: lower --count or --size, or use --device cpu (of 9 GiB)"
+
+
 def test_a_full_disk(folder, monkeypatch, capsys):
     (folder / "w.pt").write_text("of an earlier run")
     write = Path.write_bytes
