@@ -85,7 +85,8 @@ def _tensors(arguments: _Arguments, images) -> Given:
     if len({(len(inputs), names) for inputs, names in batches}) > 1:
         raise InitializationError("the batches hold different inputs: yield the same in each")
     columns = [list(column) for column in zip(*(inputs for inputs, _ in batches), strict=True)]
-    if one_by_one or (isinstance(images, list) and all(map(_is_image, columns[0]))):
+    single = isinstance(images, list | torch.utils.data.Dataset) and all(map(_is_image, columns[0]))
+    if one_by_one or single:
         columns = [[part.unsqueeze(0) for part in column] for column in columns]
     for column in columns:
         if len({part.shape[1:] for part in column}) > 1:
@@ -174,8 +175,10 @@ def _input_of(batch) -> Tensor:
     values: Iterable = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ()
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
-        message = f"a batch of type {type(batch).__name__} holds no tensor: yield tensors or (input, ...)"
-        raise InitializationError(message)
+        raise InitializationError(
+            f"a batch of type {type(batch).__name__} holds no tensor: yield tensors, as torch.as_tensor makes them of "
+            "arrays and a transform of images, or (input, ...)"
+        )
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     if tensors[0].is_floating_point() or not floats:
         return tensors[0]

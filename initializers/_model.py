@@ -431,13 +431,7 @@ def outputs_of(
     except (InitializationError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a forward pass may raise nearly anything, such as a division by a size of zero
-        shapes = ", ".join(str(tuple(image.shape)) for image in inputs[:4]) + ", ..." * (len(inputs) > 4)
-        hint = ""
-        if positional > 1:
-            hint = "; pass the images alone, if the rest are targets, and images of one length, if they are lengths"
-        elif isinstance(error, LookupError | AttributeError):
-            hint = "; where it takes a dict or another object, wrap it in a module whose forward makes that of tensors"
-        raise RejectedError(f"the model rejects images of shape {shapes}: {error}{hint}") from error
+        raise _rejected(inputs, positional, error) from error
     count = len(inputs[0])
     found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
     rows = [bool(tensor.ndim and len(tensor) == count) for tensor in found]
@@ -459,6 +453,19 @@ def outputs_of(
             "per image; wrap the model in a module whose forward returns such a tensor, its logits or its features"
         )
     return outputs
+
+
+def _rejected(inputs: tuple[Tensor, ...], positional: int, error: Exception) -> RejectedError:
+    """What to say of an error that a forward pass raised; so many of the inputs have no name."""
+    shapes = ", ".join(str(tuple(image.shape)) for image in inputs[:4]) + ", ..." * (len(inputs) > 4)
+    hint = ""
+    if positional > 1:
+        hint = "; pass the images alone, if the rest are targets, and images of one length, if they are lengths"
+    elif isinstance(error, LookupError | AttributeError):
+        hint = "; where it takes a dict or another object, wrap it in a module whose forward makes that of tensors"
+    elif inputs[0].ndim == 3:
+        hint = "; if these are single images, torch.stack makes a batch of them"
+    return RejectedError(f"the model rejects images of shape {shapes}: {error}{hint}")
 
 
 @contextmanager

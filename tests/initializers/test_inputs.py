@@ -178,6 +178,32 @@ def test_inputs_in_a_container_before_the_targets(images):
     initialize(model, [(["a.jpg"] * 40, images)])  # names of files, as some loaders yield them
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Of images, of images and labels, or of batches of them."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __iter__(self):
+        return iter(self.parts)
+
+
+def plain():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 5))
+
+
+def test_a_stream_of_images_or_of_batches(images):
+    labels = [*range(40)]
+    for parts in ([*images], [*zip(images, labels, strict=True)], images.split(16)):
+        assert same(trained(plain, Stream(parts)), trained(plain, images))
+
+
+def test_single_images_where_batches_are_meant(images):
+    for given in (images[0], (image for image in images)):
+        with pytest.raises(InitializationError, match=r"rejects .*; if these are single images, torch\.stack"):
+            initialize(plain(), given)
+
+
 MODELS = {
     "function": (lambda: torch.relu, "a builtin_function_or_method"),
     "class": (lambda: nn.Linear, "the class Linear"),
