@@ -24,8 +24,7 @@ ARITHMETIC = (  # of a GPU
     (getattr(torch.backends.cudnn, "conv"), "fp32_precision", "ieee"),  # noqa: B009 (its stub lacks it)
     (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
 )
-
-
+SHARDED = {"DTensor", "FSDPModule", "FullyShardedDataParallel"}  # classes of torch.distributed
 _ONE_AT_A_TIME = threading.RLock()  # modes of a model and torch's random state are one for all threads
 
 
@@ -69,6 +68,7 @@ def unchanged_on_error(model: nn.Module, seed: int, training: bool = False) -> I
 def _unchanged_on_error(model: nn.Module, seed: int, training: bool) -> Iterator[None]:
     if type(made := torch.empty(0)) is not Tensor:
         raise InitializationError(f"a {type(made).__name__} is what torch makes here, without values: leave that mode")
+    _check_whole(model)
     for name, parameter in model.named_parameters():
         _check_parameter(name, parameter)
     flags = [(module, module.training) for module in model.modules()]
@@ -128,6 +128,17 @@ def noting_random(names: set[str]) -> Iterator[None]:
         yield
     finally:
         names |= {name for name, generator in _other_generators().items() if generator.getstate() != before.get(name)}
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raises InitializationError: processes hold a part of the model each, which replaces what is set in the whole."""
+    for part in (*model.modules(), *model.parameters()):
+        kinds = [kind.__name__ for kind in type(part).__mro__]  # as an import of torch.distributed.fsdp takes long
+        if found := next((kind for kind in kinds if kind in SHARDED), None):
+            raise InitializationError(
+                f"the model is sharded ({found}): initialize it before fully_shard, FullyShardedDataParallel or "
+                "parallelize_module"
+            )
 
 
 def _check_parameter(name: str, parameter: Tensor) -> None:

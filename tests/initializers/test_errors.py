@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from initializers import (
     InitializationError,
@@ -350,6 +353,31 @@ def test_an_output_without_a_gradient(model, images, cut):
     assert initialize(model, images, between=False).layers[-1].std_after == pytest.approx(1)
     model[-1] = Call(lambda x: x if model.training else x.detach())
     assert rescale(model, images, training=True).spread_after < 1.01
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("call", [*WITH_IMAGES, *(lambda model, _, fill=fill: fill(model) for fill in WITHOUT_IMAGES)])
+def test_a_model_that_is_sharded(call, ran, one_process, model, images):
+    """Once it has run its parameters look like any others, until the next pass replaces them."""
+    model.caffe_fillers = dict.fromkeys("036", (0.01, 0.0))
+    fully_shard(model)
+    if ran:
+        model.eval()(images)
+    with pytest.raises(InitializationError, match=r"the model is sharded \(FSDPModule\): initialize it before"):
+        call(model, images)
+
+
+def test_a_model_with_a_layer_that_is_sharded(one_process, model, images):
+    parallelize_module(model, init_device_mesh("cpu", (1,)), {"6": ColwiseParallel()})
+    with pytest.raises(InitializationError, match=r"the model is sharded \(DTensor\): initialize it before"):
+        initialize(model, images)
 
 
 class WrongSize(Exception):
