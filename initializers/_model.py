@@ -9,6 +9,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -326,7 +327,7 @@ def _lazy_state(model: nn.Module) -> Callable[[], None]:
         for t in (*m.parameters(False), *m.buffers(False))
         if is_lazy(t)
     ]
-    containers, _ = _held([vars(module) for module in modules])
+    containers, *_ = _held([vars(module) for module in modules])
     before = [(held, copy.copy(held)) for held in containers]
 
     def restore() -> None:
@@ -345,16 +346,19 @@ def _lazy_state(model: nn.Module) -> Callable[[], None]:
 def without_memory(model: nn.Module) -> Iterator[None]:
     """What a forward pass inside, with its backward pass, changes of buffers and attributes is afterwards as it was.
 
-    Caches that the first pass fills, counters, running means, activations that are kept: every pass finds the same.
-    Containers are restored in what they hold, and objects of other classes that modules hold in their attributes, but
-    not what these objects hold in turn.
+    Caches that the first pass fills, counters, running means, activations that are kept, generators of random numbers:
+    every pass finds the same. Containers are restored in what they hold, and objects of other classes that modules hold
+    in their attributes, but not what these objects hold in turn.
     """
-    dicts, tensors = _held([vars(module) for module in model.modules()])
+    dicts, tensors, generators = _held([vars(module) for module in model.modules()])
     before = [(held, copy.copy(held)) for held in dicts]
     values = [(tensor, tensor._version, _value(tensor)) for tensor in tensors]
+    rewinds = [*map(_rewind, generators)]
     try:
         yield
     finally:
+        for rewind in rewinds:
+            rewind()
         for held, copied in before:
             _refill(held, copied)
         for tensor, version, value in values:
@@ -362,6 +366,15 @@ def without_memory(model: nn.Module) -> Iterator[None]:
             if tensor._version != version or not same_bits(tensor, value):
                 with torch.no_grad():
                     _refill_tensor(tensor.detach_(), value)
+
+
+def _rewind(generator: Any) -> Callable[[], Any]:
+    """A function that gives a generator of random numbers its state of now."""
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    if hasattr(generator, "bit_generator"):  # of numpy
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    return partial(generator.set_state, generator.get_state())
 
 
 _values: dict[int, tuple[Tensor, int, Tensor]] = {}  # by id: a tensor, its version, and its value then
@@ -376,10 +389,17 @@ def _value(tensor: Tensor) -> Tensor:
     return value
 
 
-def _held(roots: list[dict]) -> tuple[list, list[Tensor]]:
-    """The containers below some dictionaries, themselves among them, and the tensors in them that are no parameters."""
+def _held(roots: list[dict]) -> tuple[list, list[Tensor], list]:
+    """What is below some dictionaries: containers, themselves among them, tensors that are no parameters, generators.
+
+    These are generators of random numbers of torch, Python and numpy.
+    """
     containers: list = []
     tensors: list[Tensor] = []
+    generators: list = []
+    numpy = sys.modules.get("numpy")
+    kinds = (torch.Generator, random.Random)
+    kinds += () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
     seen: set[int] = set()
     waiting: deque[tuple[Any, bool]] = deque((root, False) for root in roots)  # and whether an object holds it
     while waiting:
@@ -393,9 +413,11 @@ def _held(roots: list[dict]) -> tuple[list, list[Tensor]]:
         elif isinstance(value, Tensor):
             if not (isinstance(value, nn.Parameter) or is_lazy(value) or value.is_inference()):
                 tensors.append(value)
+        elif isinstance(value, kinds):
+            generators.append(value)
         elif not inside and not isinstance(value, types.ModuleType):
             waiting.append((getattr(value, "__dict__", None), True))
-    return containers, tensors
+    return containers, tensors, generators
 
 
 def _refill(held, copied) -> None:

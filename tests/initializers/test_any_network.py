@@ -1662,6 +1662,35 @@ def test_numbers_that_are_drawn_outside_of_torch(images, draw, name):
     assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
 
 
+OWN_GENERATORS = {
+    "torch": (lambda: torch.Generator().manual_seed(1), lambda g, x: torch.randn(x.shape, generator=g)),
+    "python": (lambda: random.Random(1), lambda g, x: torch.tensor([g.gauss() for _ in x]).view(-1, 1, 1, 1)),
+    "numpy": (lambda: np.random.default_rng(1), lambda g, x: torch.from_numpy(g.normal(size=x.shape)).float()),
+    "old numpy": (lambda: np.random.RandomState(1), lambda g, x: torch.from_numpy(g.normal(size=x.shape)).float()),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_GENERATORS)
+def test_a_generator_of_the_model_s_own_is_wound_back(images, kind):
+    make, draw = OWN_GENERATORS[kind]
+
+    class Noise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head, self.held = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), {"generator": make()}
+
+        def forward(self, x):
+            return self.head(self.conv(x + 0.1 * draw(self.held["generator"], x)).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Noise()
+    expected = draw(make(), images)
+    report = initialize(model, images, "gaussian")
+    assert report.spread_after < 1.01
+    assert report.output_change < 1e-5
+    assert torch.equal(draw(model.held["generator"], images), expected)
+
+
 @pytest.mark.parametrize("squeeze", [torch.squeeze, lambda x: x.view(-1, 5).squeeze()])
 def test_one_image_whose_output_is_squeezed(images, squeeze):
     class Squeezed(nn.Module):
