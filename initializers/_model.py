@@ -498,7 +498,7 @@ def _rejected(inputs: tuple[Tensor, ...], positional: int, error: Exception) -> 
         hint = "; where it takes a dict or another object, wrap it in a module whose forward makes that of tensors"
     elif inputs[0].ndim == 3:
         hint = "; if these are single images, torch.stack makes a batch of them"
-    return RejectedError(f"the model rejects images of shape {shapes}: {error}{hint}")
+    return RejectedError(f"the model rejects images of shape {shapes}: {str(error) or type(error).__name__}{hint}")
 
 
 @contextmanager

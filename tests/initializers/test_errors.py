@@ -388,9 +388,17 @@ def too_small(x):
     raise WrongSize(f"{x.shape[-1]} pixels are too few")
 
 
+def asserting(x):
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
-    [(too_small, "4 pixels are too few"), (lambda x: x[..., :: 3 // (x.shape[-1] // 8)], "integer .*by zero")],
+    [
+        (too_small, "4 pixels are too few"),
+        (asserting, "AssertionError"),
+        (lambda x: x[..., :: 3 // (x.shape[-1] // 8)], "integer .*by zero"),
+    ],
 )
 def test_a_model_that_raises_what_it_likes(model, images, function, reason):
     model[2] = Call(function)
