@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 from initializers._function import Function, some
 from initializers._layer import Layer
 from initializers._layers import Layers
-from initializers._model import InitializationError, snapshot
+from initializers._memory import snapshot
+from initializers._model import InitializationError
 from initializers._rates import RATE_DRAWS, usable_rates
 from initializers._report import Report
 from initializers._scaled import AuxiliaryScaling

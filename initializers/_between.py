@@ -14,7 +14,8 @@ from torch import Tensor
 from initializers._function import Function, some
 from initializers._layers import Layers
 from initializers._lrn import MeasuredLRN
-from initializers._model import InitializationError, snapshot
+from initializers._memory import snapshot
+from initializers._model import InitializationError
 from initializers._rates import RATE_DRAWS, Measurement, usable_rates
 from initializers._report import Report
 from initializers._scales import Scales

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from initializers._layers import Layers, forward
-from initializers._model import InitializationError, seed_all, without_dropout, without_memory
+from initializers._memory import without_memory
+from initializers._model import InitializationError, seed_all, without_dropout
 
 IMAGES = 32  # on which the function must not change
 IMAGES_AT_A_TIME = 16

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from initializers._calls import BLANK, FILLED, RANDOM, dropout_of, input_of
 from initializers._layer import Call, Layer, memory, overlap
 from initializers._layers import Layers
-from initializers._model import tensors_of
+from initializers._outputs import tensors_of
 
 SIZES = (2, 3)  # of the recorded batches
 IMAGES_AT_A_TIME = 16  # from one affine layer to the next

@@ -13,7 +13,8 @@ from initializers._filters import Filters
 from initializers._inputs import as_inputs
 from initializers._layer import memory
 from initializers._layers import Layers
-from initializers._model import InitializationError, constants, scripted, unchanged_on_error, unwrapped
+from initializers._memory import constants
+from initializers._model import InitializationError, scripted, unchanged_on_error, unwrapped
 from initializers._propagate import Lrn, Outputs, propagate
 from initializers._report import Report
 from initializers._sweep import Recorded, inactive_dropout, recorded, with_masks

@@ -7,7 +7,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from initializers._model import InitializationError, forked_random, is_lazy, outputs_of, without_memory
+from initializers._memory import is_lazy, without_memory
+from initializers._model import InitializationError, forked_random
+from initializers._outputs import outputs_of
 
 Given = tuple[tuple[Tensor, ...], tuple[str, ...]]  # inputs, and the names by which the model takes the last of them
 

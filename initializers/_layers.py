@@ -26,7 +26,8 @@ from initializers._calls import (
     unbatched,
 )
 from initializers._layer import Call, Layer, check_memory, has_kernel, is_dense, memory, overlap
-from initializers._model import InitializationError, outputs_of, scripted
+from initializers._model import InitializationError, scripted
+from initializers._outputs import outputs_of
 from initializers._scaled import MASKING, PRODUCTS, AuxiliaryScaling, Scaled, source_of
 from initializers._weight_norm import WeightNorm, multiplied, weight_norms
 

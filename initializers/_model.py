@@ -1,24 +1,19 @@
-"""What every step needs of a model: its outputs, its dropout, and a safe way to change it."""
+"""What every step needs of a model: a mode in which it may be changed, its dropout, and its random numbers."""
 
-import copy
-import dataclasses
 import random
 import sys
 import threading
-import types
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from initializers._memory import forget, is_lazy, snapshot
 from initializers._weight_norm import unnormalised
 
-CONSTANTS = ("eps", "alpha")  # of normalisation modules: the between-layer step may scale them
 ARITHMETIC = (  # of a GPU
     (torch.backends.cudnn, "deterministic", True),
     (torch.backends.cudnn, "benchmark", False),
@@ -31,10 +26,6 @@ _ONE_AT_A_TIME = threading.RLock()  # modes of a model and torch's random state 
 
 class InitializationError(ValueError):
     """The model or the images cannot be used; the message names the layer and the remedy. The model is unchanged."""
-
-
-class RejectedError(InitializationError):
-    """The model does not take such inputs."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -87,7 +78,7 @@ def _unchanged_on_error(model: nn.Module, seed: int, training: bool) -> Iterator
         restore()
         raise
     finally:
-        _values.clear()
+        forget()
         for module, flag in flags:
             module.training = flag
         for generator, state in generators:
@@ -152,31 +143,6 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         raise InitializationError(f"parameter {name} is on the meta device: give the model memory (to_empty) first")
     if parameter.layout != torch.strided:
         raise InitializationError(f"parameter {name} is {parameter.layout}: make it dense (to_dense)")
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have one shape and hold the same."""
-    if one.shape != other.shape:
-        return False
-    if one.layout != torch.strided or one.is_meta:
-        return all(map(same_bits, _parts(one), _parts(other)))
-    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """What a sparse tensor consists of; nothing of a tensor without values."""
-    if tensor.layout == torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return []
-
-
-def is_lazy(tensor: Tensor) -> bool:
-    """Whether it has no shape until its module has seen an input."""
-    return nn.parameter.is_lazy(tensor)
 
 
 @contextmanager
@@ -284,261 +250,3 @@ def other_dropout(model: nn.Module) -> list[str]:
             if any("drop" in key for key in rates) or (rates and ("drop" in kind or "stochasticdepth" in kind)):
                 found.append(name or type(module).__name__)
     return found
-
-
-def constants(model: nn.Module) -> dict[str, float]:
-    """The constants of normalisations that the state dict does not hold, by name."""
-    found = {}
-    for path, module in model.named_modules():
-        for name in CONSTANTS:
-            if isinstance(value := getattr(module, name, None), float):
-                found[f"{path}.{name}".removeprefix(".")] = value
-    return found
-
-
-def snapshot(model: nn.Module) -> Callable[[], None]:
-    """A function that gives parameters, buffers and constants of normalisations the values they have now."""
-    constants = [(m, name, getattr(m, name)) for m in model.modules() for name in CONSTANTS if hasattr(m, name)]
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
-    lazy = _lazy_state(model)
-    saved = [tensor.detach().clone() for tensor in tensors]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for tensor, value in zip(tensors, saved, strict=True):
-            if not same_bits(tensor, value):  # which may share memory with itself, so that nobody can set it
-                _refill_tensor(tensor, value)
-        for module, name, value in constants:
-            setattr(module, name, value)
-        lazy()
-
-    return restore
-
-
-def _lazy_state(model: nn.Module) -> Callable[[], None]:
-    """A function that makes modules lazy again which are so now and have seen their first input since."""
-    modules = [
-        m for m in model.modules() if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params()
-    ]
-    kinds = [(module, type(module)) for module in modules]
-    tensors = [
-        (t, type(t), t.dtype, t.device)
-        for m in modules
-        for t in (*m.parameters(False), *m.buffers(False))
-        if is_lazy(t)
-    ]
-    containers, *_ = _held([vars(module) for module in modules])
-    before = [(held, copy.copy(held)) for held in containers]
-
-    def restore() -> None:
-        for tensor, kind, dtype, device in tensors:
-            tensor.data = torch.empty(0, dtype=dtype, device=device)
-            tensor.__class__ = kind
-        for module, lazy_kind in kinds:
-            module.__class__ = lazy_kind
-        for held, copied in before:
-            _refill(held, copied)
-
-    return restore
-
-
-@contextmanager
-def without_memory(model: nn.Module) -> Iterator[None]:
-    """What a forward pass inside, with its backward pass, changes of buffers and attributes is afterwards as it was.
-
-    Caches that the first pass fills, counters, running means, activations that are kept, generators of random numbers:
-    every pass finds the same. Containers are restored in what they hold, and objects of other classes that modules hold
-    in their attributes, but not what these objects hold in turn.
-    """
-    dicts, tensors, generators = _held([vars(module) for module in model.modules()])
-    before = [(held, copy.copy(held)) for held in dicts]
-    values = [(tensor, tensor._version, _value(tensor)) for tensor in tensors]
-    rewinds = [*map(_rewind, generators)]
-    try:
-        yield
-    finally:
-        for rewind in rewinds:
-            rewind()
-        for held, copied in before:
-            _refill(held, copied)
-        for tensor, version, value in values:
-            # Kernels that are given a buffer to write to, such as those of fake quantization, do not count it.
-            if tensor._version != version or not same_bits(tensor, value):
-                with torch.no_grad():
-                    _refill_tensor(tensor.detach_(), value)
-
-
-def _rewind(generator: Any) -> Callable[[], Any]:
-    """A function that gives a generator of random numbers its state of now."""
-    if isinstance(generator, random.Random):
-        return partial(generator.setstate, generator.getstate())
-    if hasattr(generator, "bit_generator"):  # of numpy
-        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    return partial(generator.set_state, generator.get_state())
-
-
-_values: dict[int, tuple[Tensor, int, Tensor]] = {}  # by id: a tensor, its version, and its value then
-
-
-def _value(tensor: Tensor) -> Tensor:
-    """A copy of a tensor; the same as long as nobody changes it, within one initialization."""
-    _, version, value = _values.get(id(tensor), (tensor, -1, tensor))
-    if version != tensor._version:
-        value = tensor.detach().clone()
-        _values[id(tensor)] = tensor, tensor._version, value
-    return value
-
-
-def _held(roots: list[dict]) -> tuple[list, list[Tensor], list]:
-    """What is below some dictionaries: containers, themselves among them, tensors that are no parameters, generators.
-
-    These are generators of random numbers of torch, Python and numpy.
-    """
-    containers: list = []
-    tensors: list[Tensor] = []
-    generators: list = []
-    numpy = sys.modules.get("numpy")
-    kinds = (torch.Generator, random.Random)
-    kinds += () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
-    seen: set[int] = set()
-    waiting: deque[tuple[Any, bool]] = deque((root, False) for root in roots)  # and whether an object holds it
-    while waiting:
-        value, inside = waiting.popleft()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, dict | list | set | deque):
-            containers.append(value)
-            waiting += [(each, inside) for each in (value.values() if isinstance(value, dict) else value)]
-        elif isinstance(value, Tensor):
-            if not (isinstance(value, nn.Parameter) or is_lazy(value) or value.is_inference()):
-                tensors.append(value)
-        elif isinstance(value, kinds):
-            generators.append(value)
-        elif not inside and not isinstance(value, types.ModuleType):
-            waiting.append((getattr(value, "__dict__", None), True))
-    return containers, tensors, generators
-
-
-def _refill(held, copied) -> None:
-    """Give a container what a copy of it holds, where that is not the same."""
-    pairs = zip(_flat(held), _flat(copied), strict=False)
-    if len(held) == len(copied) and all(one is other for one, other in pairs):
-        return
-    held.clear()
-    if isinstance(held, list | deque):
-        held.extend(copied)
-    else:
-        held.update(copied)
-
-
-def _refill_tensor(tensor: Tensor, value: Tensor) -> None:
-    if tensor.shape != value.shape:
-        tensor.resize_(value.shape)
-    tensor.copy_(value)
-
-
-def _flat(held) -> list:
-    return [*held, *held.values()] if isinstance(held, dict) else [*held]
-
-
-def outputs_of(
-    model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...] = (), others: list[Tensor] | None = None
-) -> list[Tensor]:
-    """The tensors of floats that the model returns with a row per image, (N, ...) each.
-
-    A list with an element for each image, of tensors of the same shapes, is stacked.
-
-    Args:
-        names: by which it takes the last of the inputs.
-        others: gets what else it returns of floats, such as a loss.
-
-    Raises:
-        RejectedError: the model rejects inputs of this shape.
-        InitializationError: it returns nothing with a row per image.
-    """
-    positional = len(inputs) - len(names)
-    torch.clear_autocast_cache()  # which holds casts of weights that have changed since
-    try:
-        output = model(*inputs[:positional], **dict(zip(names, inputs[positional:], strict=True)))
-    except (InitializationError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a forward pass may raise nearly anything, such as a division by a size of zero
-        raise _rejected(inputs, positional, error) from error
-    count = len(inputs[0])
-    found = [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
-    rows = [bool(tensor.ndim and len(tensor) == count) for tensor in found]
-    squeezed = count == 1 and not any(rows)  # all dimensions of one element
-    if squeezed:
-        shaped = any(tensor.ndim for tensor in found)  # beside which a number is a loss
-        rows = [bool(tensor.ndim) or not shaped for tensor in found]
-    outputs = [tensor.unsqueeze(0) if squeezed else tensor for tensor, row in zip(found, rows, strict=True) if row]
-    if others is not None:
-        others += [tensor for tensor, row in zip(found, rows, strict=True) if not row]
-    if not outputs and isinstance(output, list | tuple) and len(output) == count:
-        parts = [[tensor for tensor in tensors_of(part) if tensor.is_floating_point()] for part in output]
-        if parts[0] and len({tuple(tensor.shape for tensor in part) for part in parts}) == 1:
-            outputs = [torch.stack(tensors) for tensors in zip(*parts, strict=True)]
-    if not outputs:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found[:4]) or "no tensor of floats"
-        raise InitializationError(
-            f"the model returns a {type(output).__name__} with {shapes} for {count} images, of which nothing has a row "
-            "per image; wrap the model in a module whose forward returns such a tensor, its logits or its features"
-        )
-    return outputs
-
-
-def _rejected(inputs: tuple[Tensor, ...], positional: int, error: Exception) -> RejectedError:
-    """What to say of an error that a forward pass raised; so many of the inputs have no name."""
-    shapes = ", ".join(str(tuple(image.shape)) for image in inputs[:4]) + ", ..." * (len(inputs) > 4)
-    hint = ""
-    if positional > 1:
-        hint = "; pass the images alone, if the rest are targets, and images of one length, if they are lengths"
-    elif isinstance(error, LookupError | AttributeError):
-        hint = "; where it takes a dict or another object, wrap it in a module whose forward makes that of tensors"
-    elif inputs[0].ndim == 3:
-        hint = "; if these are single images, torch.stack makes a batch of them"
-    return RejectedError(f"the model rejects images of shape {shapes}: {str(error) or type(error).__name__}{hint}")
-
-
-@contextmanager
-def in_parts(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> Iterator[None]:
-    """While the model is run on some of the images: an error says what to do where it takes only all of them."""
-    try:
-        yield
-    except RejectedError as error:
-        if not _takes(model, inputs, names):
-            raise
-        raise InitializationError(
-            f"the model takes all {len(inputs[0])} rows together and not some of them ({error}): where several are one "
-            "thing, such as the nodes of a graph or the frames of a clip, they are one image: pass x[None], or "
-            "x.unflatten(0, (-1, frames)), and a module whose forward is torch.stack([model(one) for one in x])"
-        ) from error
-
-
-def _takes(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> bool:
-    try:
-        with torch.no_grad(), without_memory(model):
-            outputs_of(model, inputs, names)
-    except RejectedError:
-        return False
-    except InitializationError:
-        pass  # nothing has a row per image, as there are fewer clips than frames
-    return True
-
-
-NAMESPACES = (types.SimpleNamespace, torch.distributions.Distribution)
-
-
-def tensors_of(tree) -> list[Tensor]:
-    """The tensors in nested tuples, lists, mappings, data classes and distributions."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    parts: Iterable = ()
-    if isinstance(tree, Mapping):
-        parts = tree.values()
-    elif isinstance(tree, tuple | list):
-        parts = tree
-    elif (dataclasses.is_dataclass(tree) and not isinstance(tree, type)) or isinstance(tree, NAMESPACES):
-        parts = {id(part): part for part in vars(tree).values()}.values()  # some keep a parameter under two names
-    return [tensor for part in parts for tensor in tensors_of(part)]

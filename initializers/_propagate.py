@@ -20,7 +20,8 @@ from initializers._calls import AFFINE, BLANK, FILLED, MODULE_FUNCTIONS, VIEWS, 
 from initializers._graph import SIZES, Graph, Operation, Ref, at_size, map_tree, resolve
 from initializers._labels import ZERO, Labels, full
 from initializers._layer import Layer, memory, overlap
-from initializers._model import InitializationError, tensors_of
+from initializers._model import InitializationError
+from initializers._outputs import tensors_of
 from initializers._scales import PINNED, Norm, Scales, Use
 
 Lrn = Literal["estimate", "exact"]

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from initializers._inputs import as_inputs
 from initializers._layer import PIECE, Call, Layer, check_input
 from initializers._layers import Layers, forward
-from initializers._model import InitializationError, in_parts, seed_all, unchanged_on_error, unwrapped, without_memory
+from initializers._memory import without_memory
+from initializers._model import InitializationError, seed_all, unchanged_on_error, unwrapped
+from initializers._outputs import in_parts
 from initializers._plot import plot_rates
 
 RATE_DRAWS = 4  # top gradients for each image, where a step is exact and need not be repeated

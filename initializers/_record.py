@@ -15,19 +15,9 @@ from initializers._calls import AFFINE, MODULE_FUNCTIONS, VIEWS
 from initializers._graph import IMAGES_AT_A_TIME, SIZES, Graph, Operation, Ref, Size, at_size, map_tree
 from initializers._layer import Call
 from initializers._layers import AffineMode, Layers
-from initializers._model import (
-    InitializationError,
-    dropouts,
-    forked_random,
-    in_parts,
-    outputs_of,
-    same_bits,
-    scripted,
-    seed_all,
-    tensors_of,
-    without_dropout,
-    without_memory,
-)
+from initializers._memory import same_bits, without_memory
+from initializers._model import InitializationError, dropouts, forked_random, scripted, seed_all, without_dropout
+from initializers._outputs import in_parts, outputs_of, tensors_of
 
 # Their constants can be scaled; a function that such a module calls is attributed to it.
 NORMS = (

@@ -11,6 +11,7 @@ from torch import Tensor
 from initializers._graph import IMAGES_AT_A_TIME, Batches, Graph, Visit
 from initializers._layer import Call, Layer
 from initializers._layers import Layers, forward
+from initializers._memory import without_memory
 from initializers._model import (
     InitializationError,
     dropouts,
@@ -18,7 +19,6 @@ from initializers._model import (
     noting_random,
     other_dropout,
     without_dropout,
-    without_memory,
 )
 from initializers._record import UngraphableError, record, record_once
 from initializers._report import Report

@@ -20,7 +20,8 @@ from initializers._filters import DATA_DRIVEN, draw_filters
 from initializers._graph import Batches
 from initializers._layer import Call, Layer, channel_statistics, check_input
 from initializers._layers import Layers, forward
-from initializers._model import InitializationError, without_memory
+from initializers._memory import without_memory
+from initializers._model import InitializationError
 from initializers._report import LayerReport, Report
 from initializers._sweep import Recorded, sweep
 
