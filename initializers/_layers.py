@@ -59,6 +59,7 @@ class Layers:
     trainable: bool = False  # only those whose weights are not frozen
     found: dict[str, Layer] = field(default_factory=dict)  # in order of execution
     per_image: bool | None = None  # whether the rows of all inputs are the images; None where nothing ran yet
+    unseen: set[str] | None = None  # names of those whose gradient a function of the model's own takes; as above
     functional_dropout: set[float] = field(default_factory=set)  # probabilities of dropout by functions, inactive
     random: set[str] = field(default_factory=set)  # names of functions that drew random numbers
     drawn: bool = False  # whether these, or dropout that is active, drew any

@@ -64,6 +64,9 @@ def _unchanged_on_error(model: nn.Module, seed: int, training: bool) -> Iterator
     for name, parameter in model.named_parameters():
         _check_parameter(name, parameter)
     flags = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None  # functions of the model's own may leave gradients there
     restore = snapshot(model)
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
     generators = [(generator, generator.getstate()) for generator in _other_generators().values()]
@@ -81,6 +84,8 @@ def _unchanged_on_error(model: nn.Module, seed: int, training: bool) -> Iterator
         forget()
         for module, flag in flags:
             module.training = flag
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         for generator, state in generators:
             generator.setstate(state)
 

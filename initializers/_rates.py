@@ -134,25 +134,53 @@ class _OtherRows(InitializationError):
     """The rows of a layer's input are not the images."""
 
 
+class _WithoutGradient(InitializationError):
+    """Layers run where gradients are off; the argument is the set of their names."""
+
+
 def _as_the_model_allows(compute: Callable[..., Result]) -> Callable[..., Result]:
-    """Try again where a gradient fails, or where rows are not the images after all.
+    """Try again where a gradient fails or is not seen, or where rows are not the images after all.
 
     Then with copies of what the gradient needs and the model overwrites, such as `torch.exp(x).add_(y)`: not done at
-    once, as copies take time. Or with one image at a time: how many rows go to an expert depends on the images.
+    once, as copies take time. Or with one image at a time: how many rows go to an expert depends on the images, and of
+    weights whose gradient a function of the model's own takes only the whole is known.
     """
 
     @wraps(compute)
-    def tried_again(layers: Layers, *args, **kwargs) -> Result:
+    def tried_again(layers: Layers, inputs: tuple[Tensor, ...], *args, **kwargs) -> Result:
         try:
-            return compute(layers, *args, **kwargs)
+            return compute(layers, inputs, *args, **kwargs)
         except _OtherRows:
             layers.per_image = False
-            return tried_again(layers, *args, **kwargs)
+            return tried_again(layers, inputs, *args, **kwargs)
+        except _WithoutGradient as without:
+            layers.unseen = without.args[0]
+            layers.unseen = _unseen(layers, inputs)
+            layers.per_image = layers.per_image and not layers.unseen
+            return tried_again(layers, inputs, *args, **kwargs)
         except _GradientFails:
             with torch.autograd.graph.allow_mutation_on_saved_tensors():
-                return compute(layers, *args, **kwargs)
+                return compute(layers, inputs, *args, **kwargs)
 
     return tried_again
+
+
+def _unseen(layers: Layers, inputs: tuple[Tensor, ...]) -> set[str]:
+    """Of `layers.unseen` those whose weights have a gradient that does not come from what arrives at their outputs.
+
+    A function of the model's own takes it: one for a linear map, of reversible blocks, of the adjoint of a differential
+    equation. A layer of a teacher, or of steps towards a fixed point, has none, or only that of the steps with one.
+    """
+    batch = IMAGES_AT_A_TIME if layers.per_image else 1
+    with without_memory(layers.model):
+        gradients, top = _with_graph(layers, tuple(x[:batch] for x in inputs))
+        top = [output for output in top if output.requires_grad]
+        arrived = gradients.take(top, [*map(torch.ones_like, top)], lambda _, uses: _weight_gradient(uses), keep=False)
+    return {
+        name
+        for name, own in gradients.own.items()
+        if name not in arrived or (own - arrived[name]).norm() > LINEAR * own.norm()
+    }
 
 
 @_as_the_model_allows
@@ -187,21 +215,31 @@ def measure(
         part = slice(first, first + batch)
         square = partial(_column_squares, images=len(inputs[0][part]))
         with without_memory(layers.model):
-            gradients, top = _with_graph(layers, tuple(x[part] for x in inputs), before if first == 0 else None)
+            run = partial(_with_graph, layers, tuple(x[part] for x in inputs))
+            gradients, top = run(before if first == 0 else None)
             used |= gradients.layers
-            together = [[output] for output in top] if apart else [top]
-            together = [[output for output in group if output.requires_grad] for group in together]  # of weights
-            for draw in range(draws):
-                for number, group in enumerate(together):
-                    noise = [eta[part].to(top[0])] if eta is not None else [_like(each, generator) for each in group]
-                    last = (draw, number) == (draws - 1, len(together) - 1)
-                    for name, found in gradients.take(group, noise, square, keep=not last).items():
-                        totals = squares.setdefault(name, found.new_zeros(len(together), *found.shape))
-                        totals[number] += found / (count * draws)
+            together = _together(top, apart)
+            turns = [(draw, number) for draw in range(draws) for number in range(len(together))]
+            for turn in turns:
+                if layers.unseen and turn != turns[0]:  # the functions that take their gradients may do so once
+                    gradients, again = run()
+                    together = _together(again, apart)
+                group = together[turn[1]]
+                noise = [eta[part].to(top[0])] if eta is not None else [_like(each, generator) for each in group]
+                taken = gradients.take(group, noise, square, keep=turn != turns[-1])
+                for name, found in (taken | gradients.own_squares).items():
+                    totals = squares.setdefault(name, found.new_zeros(len(together), *found.shape))
+                    totals[turn[1]] += found / (count * draws)
             tops.append(_rows(top))
     weights = {name: _mean_squares(layer) for name, layer in used.items()}
     width = max(top.shape[1] for top in tops)
     return Measurement(used, _of_stored(used, squares), weights, torch.cat([_padded(top, width) for top in tops]))
+
+
+def _together(top: list[Tensor], apart: bool) -> list[list[Tensor]]:
+    """The outputs that depend on weights, in groups whose gradient is taken together."""
+    groups = [[output] for output in top] if apart else [top]
+    return [[output for output in group if output.requires_grad] for group in groups]
 
 
 def usable_rates(
@@ -284,6 +322,7 @@ def _with_graph(
         before: see `measure`.
     """
     gradients = _Gradients(torch.zeros((), device=inputs[0].device, requires_grad=True))
+    without: set[str] = set()
 
     def visit(call: Call, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         name, x = call.layer.name, x.detach()
@@ -295,12 +334,20 @@ def _with_graph(
                 before(call, x)
         gradients.layers[name] = call.layer
         gradients.uses[name] += 1
+        if not torch.is_grad_enabled():
+            without.add(name)
         return _Tap.apply(compute(), gradients.start, lambda gradient: gradients.arrived((call, x, gradient)))
 
     with torch.enable_grad():
         top = forward(layers, inputs, visit)
     if not gradients.layers:
         raise InitializationError(layers.no_layer)
+    if layers.unseen is None and without:
+        raise _WithoutGradient(without)
+    for name in (layers.unseen or set()) & gradients.layers.keys():
+        _, parameter = layers.find(gradients.layers[name].weight)
+        if parameter is not None and parameter.requires_grad:
+            gradients.parameters[name] = parameter
     return gradients, top
 
 
@@ -313,12 +360,27 @@ class _Gradients:
         layers: by name, in order of execution.
         uses: how often each is used.
         arrived: what becomes of a gradient.
+        parameters: by layer, those whose gradients are not seen on their way.
+        own: the gradients of the weights among these, as they were taken last.
     """
 
     start: Tensor
     layers: dict[str, Layer] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     arrived: Callable[[Use], object] = id
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def own_squares(self) -> dict[str, Tensor]:
+        """As `_column_squares`, of `own`; of one image."""
+        found = {}
+        for name, gradient in self.own.items():
+            layer = self.layers[name]
+            _, outputs, _, kernel = layer.blocks.shape
+            factor = 1.0 if layer.factor is None else layer.factor.item()  # between the stored weights and the layer's
+            found[name] = _sum_of_squares(layer.as_blocks(gradient / factor)).double().cpu() / (outputs * kernel)
+        return found
 
     def take(
         self,
@@ -351,7 +413,7 @@ class _Gradients:
         self.arrived = arrived
         try:
             if top:
-                torch.autograd.grad(top, self.start, noise, allow_unused=True, retain_graph=keep)
+                self._take(top, noise, keep)
         except (InitializationError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # functions with a gradient of their own raise nearly anything
@@ -360,6 +422,21 @@ class _Gradients:
         finally:
             self.arrived = id  # which does nothing, and holds no tensor of the graph
         return found | {name: compute(uses[0][0].layer, uses) for name, uses in waiting.items()}
+
+    def _take(self, top: list[Tensor], noise: list[Tensor], keep: bool) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None  # where functions leave gradients that run a backward pass of their own
+        wanted = [self.start, *self.parameters.values()]
+        _, *given = torch.autograd.grad(top, wanted, noise, allow_unused=True, retain_graph=keep)
+        for (name, parameter), gradient in zip(self.parameters.items(), given, strict=True):
+            parts = [part for part in (gradient, parameter.grad) if part is not None]
+            if parts:
+                same = torch.empty_like(parameter).copy_(
+                    reduce(Tensor.add, parts)
+                )  # with the memory layout of the parameter
+                weight = self.layers[name].weight
+                offset = weight.storage_offset() - parameter.storage_offset()
+                self.own[name] = same.as_strided(weight.shape, weight.stride(), offset).float()
 
 
 class _Tap(torch.autograd.Function):

@@ -2,13 +2,14 @@ import copy
 import gc
 import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from initializers import Rates, _rates, change_rate
+from initializers import Rates, _rates, change_rate, rescale
 from initializers._layers import Layers
 from initializers._rates import IMAGES_AT_A_TIME, measure
 
@@ -104,6 +105,83 @@ class Functional(nn.Module):
         x = x.relu_().mean((2, 3))
         x = F.linear(x, self.table).relu()
         return F.linear(F.linear(input=x, weight=self.table).relu_(), self.head["matrix"])
+
+
+class Product(torch.autograd.Function):
+    """A linear map that takes its gradient itself, as torch's tutorial on extending it has one."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.t() @ x
+
+
+class Products(nn.Module):
+    """With one weight as it is, one that is used as the next with and without the function, and rows of a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.both, self.rows = nn.Linear(484, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 9, bias=False)
+        self.head = nn.Linear(6, 3)
+        self.layers = {
+            "first": ("first.weight", ...),
+            "both": ("both.weight", ...),
+            "rows[3:9]": ("rows.weight", slice(3, 9)),
+            "head": ("head.weight", ...),
+        }
+
+    def forward(self, x):
+        x = Product.apply(x.flatten(1), self.first.weight).relu()
+        x = Product.apply(self.both(x).relu(), self.both.weight).relu()
+        return self.head(Product.apply(x, self.rows.weight[3:]).relu())
+
+
+class Reversing(torch.autograd.Function):
+    """Two residual steps whose inputs the backward pass computes again; it leaves the gradients at the weights."""
+
+    @staticmethod
+    def forward(ctx, x, one, other):
+        a, b = x.chunk(2, 1)
+        a = a + one(b)
+        b = b + other(a)
+        ctx.kept = a, b, one, other
+        return torch.cat([a, b], 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        a, b, one, other = ctx.kept
+        del ctx.kept  # another backward pass fails
+        of_a, of_b = gradient.chunk(2, 1)
+        with torch.enable_grad():
+            a = a.detach().requires_grad_()
+            step = other(a)
+            step.backward(of_b)
+            before = (b - step).detach().requires_grad_()
+            one(before).backward(of_a + a.grad)
+        return torch.cat([of_a + a.grad, of_b + before.grad], 1), None, None
+
+
+class Reversible(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.one, self.other = nn.Conv2d(4, 8, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(8, 3)
+        self.plain = False
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.plain:
+            a, b = x.chunk(2, 1)
+            a = a + self.one(b)
+            x = torch.cat([a, b + self.other(a)], 1)
+        else:
+            x = Reversing.apply(x, self.one, self.other)
+        return self.head(x.relu().mean((2, 3)))
 
 
 class Windows(nn.Module):
@@ -262,6 +340,7 @@ NETWORKS = {
     ),
     "shared": Shared,
     "functional": Functional,
+    "functions of the model's own": Products,
     "windows": Windows,
     "windows of a convolution": WindowsOfAConvolution,
     "attention, images first": lambda: Attention(batch_first=True),
@@ -302,6 +381,57 @@ def test_columns_equal_a_slow_computation(network, piece, images, eta, monkeypat
     for name in slow:
         torch.testing.assert_close(measurement.rates.columns[name], slow[name], rtol=1e-4, atol=0)
     torch.testing.assert_close(measurement.outputs, model(images).detach())
+
+
+def test_columns_of_reversible_blocks(images, eta):
+    torch.manual_seed(0)
+    model = Reversible().eval()
+    columns = measure(Layers(model), (images,), seed=0, eta=eta).rates.columns
+    model.plain = True
+    for name, slow in slow_columns(model, images, eta).items():
+        torch.testing.assert_close(columns[name], slow, rtol=1e-4, atol=0)
+    model.plain = False
+    for method in (rescale, partial(rescale, nonhomogeneous="scale")):
+        report = method(model, images)
+        assert not any(row.note for row in report.layers)
+        assert report.output_change < 1e-5
+    assert report.spread_after < 1.01
+    model = Reversible()
+    model.one.weight.grad = kept = torch.ones_like(model.one.weight)
+    change_rate(model, images)
+    assert model.one.weight.grad is kept
+    assert (kept == 1).all()
+    assert model.other.weight.grad is None
+
+
+def test_steps_without_a_gradient_towards_a_fixed_point(images, eta, monkeypatch):
+    """The layers have the gradient of the last step, and a teacher has none; they take no more passes."""
+
+    class FixedPoint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.step, self.head = nn.Linear(484, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.teacher = nn.Linear(484, 3)
+
+        def forward(self, x):
+            given = x.flatten(1)
+            x = y = self.first(given)
+            with torch.no_grad():
+                target = self.teacher(given)
+                for _ in range(3):
+                    y = (self.step(y) + x).relu()
+            return self.head((self.step(y) + x).relu()) - target
+
+    torch.manual_seed(0)
+    model = FixedPoint().eval()
+    layers = Layers(model)
+    columns = measure(layers, (images,), seed=0, eta=eta).rates.columns
+    assert layers.per_image
+    assert not layers.unseen
+    assert not columns.pop("teacher").any()
+    model.layers = {name: (f"{name}.weight", ...) for name in columns}
+    for name, slow in slow_columns(model, images, eta).items():
+        torch.testing.assert_close(columns[name], slow, rtol=1e-4, atol=0)
 
 
 def test_gradients_of_one_layer_at_a_time_are_in_memory(images, monkeypatch):
