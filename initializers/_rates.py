@@ -165,6 +165,7 @@ def _as_the_model_allows(compute: Callable[..., Result]) -> Callable[..., Result
     return tried_again
 
 
+@_as_the_model_allows
 def _unseen(layers: Layers, inputs: tuple[Tensor, ...]) -> set[str]:
     """Of `layers.unseen` those whose weights have a gradient that does not come from what arrives at their outputs.
 

@@ -434,6 +434,25 @@ def test_steps_without_a_gradient_towards_a_fixed_point(images, eta, monkeypatch
         torch.testing.assert_close(columns[name], slow, rtol=1e-4, atol=0)
 
 
+def test_a_teacher_beside_what_is_overwritten(images):
+    class Taught(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head, self.teacher = nn.Linear(484, 8), nn.Linear(8, 3), nn.Linear(484, 3)
+
+        def forward(self, x):
+            x = x.flatten(1)
+            with torch.no_grad():
+                target = self.teacher(x)
+            x = self.first(x)
+            return self.head(torch.exp(-x).add_(x)) - target
+
+    torch.manual_seed(0)
+    rates = change_rate(Taught(), images).mean
+    assert rates["teacher"] == 0
+    assert 0 < rates["first"] < math.inf
+
+
 def test_gradients_of_one_layer_at_a_time_are_in_memory(images, monkeypatch):
     alive, most = weakref.WeakSet(), 0
 
