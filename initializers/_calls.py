@@ -33,6 +33,14 @@ VIEWS = {
 # They take none of the values that come in, at most a shape: to give zeros, or memory to be written to, or others.
 BLANK = {"zeros", "empty", "zeros_like", "new_zeros", "empty_like", "new_empty"}
 FILLED = {"ones_like", "new_ones", "full_like", "new_full", "rand_like", "randn_like", "randint_like"}
+# What a model may ask of a tensor without its values steering what happens next; `__get__` reads a property.
+METADATA = {
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device"),
+    *("is_contiguous", "is_floating_point", "is_complex", "is_same_size", "type", "data_ptr", "result_type"),
+    *("is_signed", "is_inference", "is_pinned", "is_shared", "is_set_to", "is_neg", "is_conj", "sparse_dim"),
+    *("dense_dim", "_parse_to"),  # of `Module.to`
+    *("__len__", "__hash__", "__repr__", "__format__", "__get__", "__set__"),
+}
 MODULE_FUNCTIONS = {"linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))}
 
 # `multi_head_attention_forward` hands itself to the active mode before anything else; this copy goes straight on, so

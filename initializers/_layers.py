@@ -16,8 +16,10 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from initializers._calls import (
+    METADATA,
     MODULE_FUNCTIONS,
     RANDOM,
+    VIEWS,
     arguments_of,
     as_batch,
     attention,
@@ -59,7 +61,9 @@ class Layers:
     trainable: bool = False  # only those whose weights are not frozen
     found: dict[str, Layer] = field(default_factory=dict)  # in order of execution
     per_image: bool | None = None  # whether the rows of all inputs are the images; None where nothing ran yet
-    unseen: set[str] | None = None  # names of those whose gradient a function of the model's own takes; as above
+    elsewhere: set[int] = field(default_factory=set)  # memory of parameters whose values other functions took, too
+    differentiates: bool = False  # whether the forward pass takes gradients
+    unseen: set[str] | None = None  # names of those whose gradients do not all come by their outputs; as above
     functional_dropout: set[float] = field(default_factory=set)  # probabilities of dropout by functions, inactive
     random: set[str] = field(default_factory=set)  # names of functions that drew random numbers
     drawn: bool = False  # whether these, or dropout that is active, drew any
@@ -319,18 +323,26 @@ class AffineMode(TorchFunctionMode):
         self.layers.drawn |= func.__name__ in RANDOM or (probability > 0 and active)
         call = None if given is None else self.layers.call(func.__name__, given, self.sources)
         output = self.operation(func, args, kwargs, call)
-        self._note_scaled(func, args, kwargs, output)
+        if not self._note_scaled(func, args, kwargs, output) and call is None:
+            self._note_other_use(func, args)
         return output
 
-    def _note_scaled(self, func: Callable, args: tuple, kwargs: dict, output) -> None:
-        """Note a product of a parameter, or of such a product, with a constant."""
+    def _note_other_use(self, func: Callable, args: tuple) -> None:
+        """Note what takes the values of parameters without being a layer, or takes gradients."""
+        self.layers.differentiates |= func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+        if func.__name__ not in VIEWS | METADATA:
+            parts = [part for arg in args for part in (arg if isinstance(arg, list | tuple) else [arg])]
+            self.layers.elsewhere.update(memory(part) for part in parts if isinstance(part, nn.Parameter))
+
+    def _note_scaled(self, func: Callable, args: tuple, kwargs: dict, output) -> bool:
+        """Note a product of a parameter, or of such a product, with a constant; whether it is one."""
         if func.__name__ not in PRODUCTS.keys() | MASKING:
-            return
+            return False
         before = [self.sources.get(memory(arg)) if isinstance(arg, Tensor) else None for arg in args]
         known = [arg if source is None else source.parameter for arg, source in zip(args, before, strict=True)]
         found = self.layers.scaling(func, tuple(known), kwargs)
         if found is None or not isinstance(output, Tensor):
-            return
+            return False
         parameter, factor, mask = found
         for source in before:
             if source is not None:
@@ -338,6 +350,7 @@ class AffineMode(TorchFunctionMode):
                 mask = source.mask if mask is None else mask if source.mask is None else mask * source.mask
         _, whole = self.layers.find(parameter)
         self.sources[memory(output)] = Scaled(output, parameter, whole, factor, mask)
+        return True
 
     def transformed(self, func: Callable, args: tuple, kwargs: dict):
         """Compute inside torch.vmap or the like, where tensors have no memory to know them by: anything but a layer.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from initializers._inputs import as_inputs
-from initializers._layer import PIECE, Call, Layer, check_input
+from initializers._layer import PIECE, Call, Layer, check_input, memory
 from initializers._layers import Layers, forward
 from initializers._memory import without_memory
 from initializers._model import InitializationError, seed_all, unchanged_on_error, unwrapped
@@ -21,6 +21,7 @@ from initializers._plot import plot_rates
 RATE_DRAWS = 4  # top gradients for each image, where a step is exact and need not be repeated
 IMAGES_AT_A_TIME = 16  # bounds the activations kept for the backward pass
 FAINT = 1e-5  # of the largest rate: one below may be of gradients that are rounding
+UNSEEN = 1e-4  # relative difference up to which the gradient of weights is what arrives at the outputs of their layer
 LINEAR = 0.1  # relative difference up to which a gradient is linear in the top gradient
 
 Result = TypeVar("Result")
@@ -134,8 +135,8 @@ class _OtherRows(InitializationError):
     """The rows of a layer's input are not the images."""
 
 
-class _WithoutGradient(InitializationError):
-    """Layers run where gradients are off; the argument is the set of their names."""
+class _MayBeUnseen(InitializationError):
+    """The gradients of layers may not all come by their outputs; the argument is the set of their names."""
 
 
 def _as_the_model_allows(compute: Callable[..., Result]) -> Callable[..., Result]:
@@ -153,8 +154,8 @@ def _as_the_model_allows(compute: Callable[..., Result]) -> Callable[..., Result
         except _OtherRows:
             layers.per_image = False
             return tried_again(layers, inputs, *args, **kwargs)
-        except _WithoutGradient as without:
-            layers.unseen = without.args[0]
+        except _MayBeUnseen as candidates:
+            layers.unseen = candidates.args[0]
             layers.unseen = _unseen(layers, inputs)
             layers.per_image = layers.per_image and not layers.unseen
             return tried_again(layers, inputs, *args, **kwargs)
@@ -167,21 +168,33 @@ def _as_the_model_allows(compute: Callable[..., Result]) -> Callable[..., Result
 
 @_as_the_model_allows
 def _unseen(layers: Layers, inputs: tuple[Tensor, ...]) -> set[str]:
-    """Of `layers.unseen` those whose weights have a gradient that does not come from what arrives at their outputs.
+    """Of `layers.unseen` those whose weights have a gradient that does not all come by what arrives at their outputs.
 
-    A function of the model's own takes it: one for a linear map, of reversible blocks, of the adjoint of a differential
-    equation. A layer of a teacher, or of steps towards a fixed point, has none, or only that of the steps with one.
+    A function of the model's own takes it (for a linear map, of reversible blocks, of the adjoint of a differential
+    equation), the model takes gradients itself (a force is one of an energy), or something else uses the weights (an
+    embedding to which they are tied). Layers that run without gradients may have none, or that of other uses.
     """
     batch = IMAGES_AT_A_TIME if layers.per_image else 1
+    generator = torch.Generator(inputs[0].device).manual_seed(0)
     with without_memory(layers.model):
         gradients, top = _with_graph(layers, tuple(x[:batch] for x in inputs))
         top = [output for output in top if output.requires_grad]
-        arrived = gradients.take(top, [*map(torch.ones_like, top)], lambda _, uses: _weight_gradient(uses), keep=False)
-    return {
-        name
-        for name, own in gradients.own.items()
-        if name not in arrived or (own - arrived[name]).norm() > LINEAR * own.norm()
-    }
+        noise = [_like(output, generator) for output in top]
+        arrived = gradients.take(top, noise, _of_stored_weight, keep=False)
+    unseen = set()
+    for name, own in gradients.own.items():
+        rounding = max(UNSEEN, 4 * torch.finfo(gradients.layers[name].weight.dtype).eps)
+        if name not in arrived or (own - arrived[name]).norm() > rounding * own.norm():
+            unseen.add(name)
+    return unseen
+
+
+def _of_stored_weight(layer: Layer, uses: list[Use]) -> Tensor:
+    """Gradient of the weights as they are stored, shaped like them, by the uses of a layer."""
+    gradient = _weight_gradient(uses)
+    for factor in (layer.factor, layer.mask):
+        gradient = gradient if factor is None else gradient * factor
+    return gradient
 
 
 @_as_the_model_allows
@@ -343,8 +356,10 @@ def _with_graph(
         top = forward(layers, inputs, visit)
     if not gradients.layers:
         raise InitializationError(layers.no_layer)
+    used = gradients.layers
+    without |= {name for name in used if layers.differentiates or memory(used[name].weight) in layers.elsewhere}
     if layers.unseen is None and without:
-        raise _WithoutGradient(without)
+        raise _MayBeUnseen(without)
     for name in (layers.unseen or set()) & gradients.layers.keys():
         _, parameter = layers.find(gradients.layers[name].weight)
         if parameter is not None and parameter.requires_grad:

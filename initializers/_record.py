@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from initializers._calls import AFFINE, MODULE_FUNCTIONS, VIEWS
+from initializers._calls import AFFINE, METADATA, MODULE_FUNCTIONS, VIEWS
 from initializers._graph import IMAGES_AT_A_TIME, SIZES, Graph, Operation, Ref, Size, at_size, map_tree
 from initializers._layer import Call
 from initializers._layers import AffineMode, Layers
@@ -24,14 +24,6 @@ NORMS = (
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
     *(nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm),
 )
-# What a model may ask of a tensor without its values steering what happens next; `__get__` reads a property.
-_METADATA = {
-    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device"),
-    *("is_contiguous", "is_floating_point", "is_complex", "is_same_size", "type", "data_ptr", "result_type"),
-    *("is_signed", "is_inference", "is_pinned", "is_shared", "is_set_to", "is_neg", "is_conj", "sparse_dim"),
-    *("dense_dim", "_parse_to"),  # of `Module.to`
-    *("__len__", "__hash__", "__repr__", "__format__", "__get__", "__set__"),
-}
 INTERACTION = 1e-3  # a relative change that is more than rounding
 _DIFFERENT = "what it does depends on the number of images, or a part of it cannot be seen"
 # Functions whose result has as many elements as the values of an argument decide, and its place.
@@ -289,7 +281,7 @@ class _Recorder(AffineMode):
             changed = step.outputs = [self.new(tensor, varying) if i is None else i for tensor, i in pairs]
             self.graph.shapes.update((i, tensor.shape) for i, tensor in zip(changed, tensors, strict=True))  # resized
         else:
-            if output is not None and name not in _METADATA:
+            if output is not None and name not in METADATA:
                 self._leaves(step, output)
             return output
         in_place = {alias for index in changed if index in step.inputs for alias in self.graph.aliases(index)}

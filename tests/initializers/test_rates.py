@@ -141,6 +141,35 @@ class Products(nn.Module):
         return self.head(Product.apply(x, self.rows.weight[3:]).relu())
 
 
+class Force(nn.Module):
+    """An energy and its gradient: the weights have a gradient that does not come by the outputs of their layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.energy, self.head = nn.Linear(484, 8), nn.Linear(8, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            energy = self.energy(F.softplus(self.first(x.flatten(1))))
+            (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return self.head(force.mean((2, 3))) + energy
+
+
+class Tied(nn.Module):
+    """The output layer has the weights of the embedding, and another those that are a penalty, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.next, self.head = nn.Embedding(122, 6), nn.Linear(6, 6), nn.Linear(122, 3)
+        self.layers = {"next": ("next.weight", ...), "embed": ("embed.weight", ...), "head": ("head.weight", ...)}
+
+    def forward(self, x):
+        x = self.embed((x > 0).sum((2, 3))).mean(1)
+        penalty = self.next.weight.square().sum()
+        return self.head(F.linear(self.next(x).relu(), self.embed.weight).relu()) * penalty
+
+
 class Reversing(torch.autograd.Function):
     """Two residual steps whose inputs the backward pass computes again; it leaves the gradients at the weights."""
 
@@ -341,6 +370,8 @@ NETWORKS = {
     "shared": Shared,
     "functional": Functional,
     "functions of the model's own": Products,
+    "force": Force,
+    "tied": Tied,
     "windows": Windows,
     "windows of a convolution": WindowsOfAConvolution,
     "attention, images first": lambda: Attention(batch_first=True),
