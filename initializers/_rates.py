@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce, wraps
 from typing import TypeVar
@@ -176,7 +177,7 @@ def _unseen(layers: Layers, inputs: tuple[Tensor, ...]) -> set[str]:
     """
     batch = IMAGES_AT_A_TIME if layers.per_image else 1
     generator = torch.Generator(inputs[0].device).manual_seed(0)
-    with without_memory(layers.model):
+    with without_memory(layers.model), _thawed(layers):
         gradients, top = _with_graph(layers, tuple(x[:batch] for x in inputs))
         top = [output for output in top if output.requires_grad]
         noise = [_like(output, generator) for output in top]
@@ -187,6 +188,20 @@ def _unseen(layers: Layers, inputs: tuple[Tensor, ...]) -> set[str]:
         if name not in arrived or (own - arrived[name]).norm() > rounding * own.norm():
             unseen.add(name)
     return unseen
+
+
+@contextmanager
+def _thawed(layers: Layers) -> Iterator[None]:
+    """The weights of `layers.unseen` have gradients inside, also those that are frozen."""
+    found = [layers.find(layers.found[name].weight)[1] for name in layers.unseen or ()]
+    frozen = [parameter for parameter in found if parameter is not None and not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _of_stored_weight(layer: Layer, uses: list[Use]) -> Tensor:
@@ -228,7 +243,7 @@ def measure(
     for first in range(0, count, batch):
         part = slice(first, first + batch)
         square = partial(_column_squares, images=len(inputs[0][part]))
-        with without_memory(layers.model):
+        with without_memory(layers.model), _thawed(layers):
             run = partial(_with_graph, layers, tuple(x[part] for x in inputs))
             gradients, top = run(before if first == 0 else None)
             used |= gradients.layers

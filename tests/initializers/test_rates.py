@@ -563,13 +563,15 @@ def test_eta_is_normal_and_drawn_for_every_image(images):
     assert rates == pytest.approx([expected.mean().item()] * 3, rel=0.02)
 
 
-def test_frozen_layers_are_measured_too(images):
-    model = build("groups")
+@pytest.mark.parametrize("network", ["groups", "tied", "force", "functions of the model's own"])
+def test_frozen_layers_are_measured_too(network, images):
+    model = build(network)
     rates = change_rate(model, images)
-    for frozen in (model[:3], model):
+    for frozen in (next(model.children()), model):
         frozen.requires_grad_(False)
         for name, column in change_rate(model, images).columns.items():
             torch.testing.assert_close(column, rates.columns[name])
+        assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
 @pytest.mark.parametrize("factors", [(1, 1, 3), (5, 1, 1), (4, 0.25, 1), (2, 3, 0.1)])
