@@ -290,7 +290,10 @@ def usable_rates(
     measurement = measure(layers, inputs, seed, before=before, draws=draws, apart=apart)
     squares, weights = measurement.squares, measurement.weights
     if not all(torch.isfinite(values).all() for values in (measurement.outputs, *squares.values(), *weights.values())):
-        raise InitializationError("the output or its gradient overflows: normalise the images, or use within=True")
+        raise InitializationError(
+            "the output or its gradient overflows: normalise the images, or use within=True; where the network "
+            'amplifies rounding, as deep ones with gates and Gaussian filters do, use filters="kmeans", or float64'
+        )
     for name in measurement.layers:
         if not weights[name].any():
             measurement.left_out[name] = "its weights are all 0"
