@@ -275,7 +275,7 @@ def test_what_is_said_of_timm_is_that_of_its_networks():
     page = " ".join(DOCS["families"].split())
     assert f"{len(measured)} networks of {len(modules)} modules of timm" in page
     failed = {line["network"].removeprefix("timm/"): line["failed"] for line in lines if "failed" in line}
-    assert f"{len(failed)} fail ({', '.join(failed)})" in page
+    assert f"{len(failed)} fails ({', '.join(failed)})" in page
     assert all("the output or its gradient overflows" in reason for reason in failed.values())
     assert max(each["output_change_all_images"] for each in measured) < 1e-4
     assert max(scaled) < 4
