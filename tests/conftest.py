@@ -9,11 +9,14 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
+import hypothesis
 import pytest
 from torch import nn
 
 from experiments.data.demo import make_demo
 
+hypothesis.settings.register_profile("untimed", deadline=None)  # a first example pays for imports and caches
+hypothesis.settings.load_profile("untimed")
 ROOT = Path(__file__).resolve().parents[1]
 # A command spends most of a short run on its imports. So its process is forked from one that has done these and nothing
 # else: what the command sees is a process of its own, as from the command line.

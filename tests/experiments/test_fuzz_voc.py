@@ -58,7 +58,7 @@ def damaged(draw, bases):
 def check(read, path, strategy, examples, content_of=lambda content: content):
     """`read` gives a result or an error that names `path`, for any content, and memory does not grow."""
 
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, database=None, suppress_health_check=list(HealthCheck))
     @given(strategy)
     def one(content):
         path.write_bytes(content_of(content))

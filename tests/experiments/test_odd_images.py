@@ -268,7 +268,7 @@ def damaged(content, seed):
 def test_no_damage_ends_in_an_unnamed_error(tmp_path_factory, kind, count):
     path = tmp_path_factory.mktemp("fuzz") / f"a.{kind}"
 
-    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=count, database=None, suppress_health_check=[*HealthCheck])
     @given(content=st.sampled_from(FILES[kind]), seed=st.integers(0, 2**32))
     def check(content, seed):
         path.write_bytes(damaged(content, seed))

@@ -308,7 +308,7 @@ def test_any_damage_of_a_checkpoint_is_noticed(tmp_path, examples):
     whole = path.read_bytes()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=examples, database=None, suppress_health_check=[*HealthCheck])
     @given(st.data())
     def damage(data):
         content = bytearray(whole)

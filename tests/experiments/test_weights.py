@@ -173,13 +173,13 @@ def read_or_refuse(content, path):
     assert sum(tensor.numel() for tensor in tensors.values()) <= len(content)  # nothing larger than the file
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(content=st.binary(max_size=400))
 def test_arbitrary_bytes(content, tmp_path_factory):
     read_or_refuse(content, tmp_path_factory.getbasetemp() / "fuzz.caffemodel")
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_damaged_files(data, tmp_path_factory):
     """A file of Caffe's, cut off, and with some of its first bytes or of any others changed."""

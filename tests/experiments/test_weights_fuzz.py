@@ -41,7 +41,7 @@ def test_damaged_files_are_refused(kind, examples, valid, tmp_path):
     path = tmp_path / kind
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
     def damage(data):
         whole = valid[kind]

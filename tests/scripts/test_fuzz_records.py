@@ -80,7 +80,7 @@ def error_of(make, paths):
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:More than 20 figures")  # names at random, errors in drawings
 @pytest.mark.parametrize("examples", [50, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_record_is_read_or_named(examples):
-    @settings(max_examples=examples, deadline=None, suppress_health_check=[*HealthCheck], database=None)
+    @settings(max_examples=examples, suppress_health_check=[*HealthCheck], database=None)
     @given(records(), st.booleans())
     def look(content, beside_another):
         with tempfile.TemporaryDirectory() as name:
