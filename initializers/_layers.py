@@ -330,13 +330,13 @@ class AffineMode(TorchFunctionMode):
     def _note_other_use(self, func: Callable, args: tuple) -> None:
         """Note what takes the values of parameters without being a layer, or takes gradients."""
         self.layers.differentiates |= func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
-        if func.__name__ not in VIEWS | METADATA:
+        if func.__name__ not in VIEWS and func.__name__ not in METADATA:
             parts = [part for arg in args for part in (arg if isinstance(arg, list | tuple) else [arg])]
             self.layers.elsewhere.update(memory(part) for part in parts if isinstance(part, nn.Parameter))
 
     def _note_scaled(self, func: Callable, args: tuple, kwargs: dict, output) -> bool:
         """Note a product of a parameter, or of such a product, with a constant; whether it is one."""
-        if func.__name__ not in PRODUCTS.keys() | MASKING:
+        if func.__name__ not in PRODUCTS and func.__name__ not in MASKING:
             return False
         before = [self.sources.get(memory(arg)) if isinstance(arg, Tensor) else None for arg in args]
         known = [arg if source is None else source.parameter for arg, source in zip(args, before, strict=True)]

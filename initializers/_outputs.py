@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from initializers._memory import without_memory
 from initializers._model import InitializationError
 
+_NAMESPACES = (types.SimpleNamespace, torch.distributions.Distribution)
+
 
 class RejectedError(InitializationError):
     """The model does not take such inputs."""
@@ -101,9 +103,6 @@ def _takes(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...])
     return True
 
 
-NAMESPACES = (types.SimpleNamespace, torch.distributions.Distribution)
-
-
 def tensors_of(tree) -> list[Tensor]:
     """The tensors in nested tuples, lists, mappings, data classes and distributions."""
     if isinstance(tree, Tensor):
@@ -113,6 +112,6 @@ def tensors_of(tree) -> list[Tensor]:
         parts = tree.values()
     elif isinstance(tree, tuple | list):
         parts = tree
-    elif (dataclasses.is_dataclass(tree) and not isinstance(tree, type)) or isinstance(tree, NAMESPACES):
+    elif (dataclasses.is_dataclass(tree) and not isinstance(tree, type)) or isinstance(tree, _NAMESPACES):
         parts = {id(part): part for part in vars(tree).values()}.values()  # some keep a parameter under two names
     return [tensor for part in parts for tensor in tensors_of(part)]

@@ -331,6 +331,7 @@ def test_layers_that_cannot_be_balanced(model, images):
         check("no layer learns: on these images no gradient reaches", rescale, model, images, **options)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize")
 def test_a_head_that_is_quantized_keeps_gradients_out(images):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 * 4, 5))
     model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})

@@ -435,8 +435,8 @@ def test_columns_of_reversible_blocks(images, eta):
     assert model.other.weight.grad is None
 
 
-def test_steps_without_a_gradient_towards_a_fixed_point(images, eta, monkeypatch):
-    """The layers have the gradient of the last step, and a teacher has none; they take no more passes."""
+def test_steps_without_a_gradient_towards_a_fixed_point(images, eta):
+    """The layers have the gradient of the last step, and a teacher has none: all images are measured together."""
 
     class FixedPoint(nn.Module):
         def __init__(self):
@@ -567,7 +567,8 @@ def test_eta_is_normal_and_drawn_for_every_image(images):
 def test_frozen_layers_are_measured_too(network, images):
     model = build(network)
     rates = change_rate(model, images)
-    for frozen in (next(model.children()), model):
+    children = [*model.children()]
+    for frozen in (nn.ModuleList(children[: len(children) // 2]), model):
         frozen.requires_grad_(False)
         for name, column in change_rate(model, images).columns.items():
             torch.testing.assert_close(column, rates.columns[name])
