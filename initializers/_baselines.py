@@ -15,6 +15,7 @@ from initializers._layer import Call, Layer, check_input
 from initializers._layers import MODULES, NO_LAYER, Layers, affine_modules
 from initializers._model import InitializationError, unchanged_on_error, unwrapped
 from initializers._report import LayerReport, Report
+from initializers._squares import norm
 from initializers._sweep import inactive_dropout, recorded, sweep, with_masks
 
 
@@ -200,7 +201,7 @@ def _moments(outputs: list[Tensor]) -> tuple[float, float]:
     squares = 0.0
     for output in outputs:
         for row in output:  # a copy that fits the cache
-            squares += torch.linalg.vector_norm(row.float() - mean).item() ** 2
+            squares += norm(row.float() - mean).item() ** 2
     return mean, squares / count
 
 

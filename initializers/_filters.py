@@ -29,6 +29,7 @@ KMEANS_ITERATIONS = 10  # Coates & Ng (2012) find ten sufficient
 FEW_PATCHES = 1_000  # show that patches vary
 MEAN_PATCHES = 2_000  # show how much a group's patches vary apart from the direction of their mean
 MIN_REST = 0.05
+COMMON = 1e6  # size up to which values, and above the inverse of which the largest, are left as they are
 MIN_NORM = 1e-4  # of a whitened patch relative to the others'; below, it is rounding noise
 MIN_EIGENVALUE = 1e-6  # relative to the largest; below, a direction of the patches is rounding noise
 
@@ -102,7 +103,8 @@ def _draw(
         still = _same(patches)
     if still.all():
         return _gaussian(layer, generator), "gaussian", "Gaussian filters, as its input does not vary"
-    blocks = _as_blocks(layer, _from_patches(kind, patches, outputs, generator, direction))
+    size = _at_common_size(patches)
+    blocks = _as_blocks(layer, _from_patches(kind, patches, outputs, generator, direction) / size)
     if not still.any():
         return blocks, kind, ""
     note = f"Gaussian filters in {int(still.sum())} of {groups} groups, whose input does not vary"
@@ -117,11 +119,27 @@ def _mean_direction(call: Call, inputs: list[Tensor], generator: torch.Generator
     groups, _, width, kernel = call.layer.blocks.shape
     positions = tuple(range(inputs[0].ndim - 1))
     mean = torch.as_tensor(sum(call.windows(x.detach()).sum(positions, dtype=torch.float32) for x in inputs))
-    direction = F.normalize(mean.reshape(kernel, groups, width).transpose(0, 1).flatten(1), dim=1).unsqueeze(2)
+    mean = mean.reshape(kernel, groups, width).transpose(0, 1).flatten(1)
+    _at_common_size(mean)
+    direction = F.normalize(mean, dim=1).unsqueeze(2)
     patches = draw_patches(call, inputs, MEAN_PATCHES, generator)
+    _at_common_size(patches)
     patches -= patches.mean(1, keepdim=True)
     along, total = (patches @ direction).square().sum((1, 2)), patches.square().sum((1, 2))
     return direction, (total - along > MIN_REST * total).view(-1, 1, 1)
+
+
+def _at_common_size(values: Tensor) -> float:
+    """Divide in place, by what is returned: 1, or where values are far from it their size, as a power of two.
+
+    So float32 holds their squares.
+    """
+    largest = max(map(abs, map(Tensor.item, values.aminmax())))
+    if largest == 0 or 1 / COMMON < largest < COMMON:
+        return 1.0
+    size = 2.0 ** math.floor(math.log2(largest))
+    values /= size
+    return size
 
 
 def _same(patches: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from initializers._layers import Layers, forward
 from initializers._memory import without_memory
 from initializers._model import InitializationError, seed_all, without_dropout
+from initializers._squares import norm
 
 IMAGES = 32  # on which the function must not change
 IMAGES_AT_A_TIME = 16
@@ -36,7 +37,7 @@ class Function:
             factors: by which the outputs are meant to have changed; empty where they are meant to stay.
         """
         pairs = zip(self._compute(factors), (self.outputs, self.others), strict=True)
-        sizes = [((after - before).norm().item(), before.norm().item()) for after, before in pairs]
+        sizes = [(norm(after - before).item(), norm(before).item()) for after, before in pairs]
         tiny = torch.finfo(torch.float64).tiny  # a last layer that starts at 0 gives 0
         return max(change / max(size, tiny) for change, size in sizes)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import grad
 
 from initializers._model import InitializationError
+from initializers._squares import in_range
 
 PIECE = 500_000  # values of a large tensor that are worked on at a time: 2 MB, which fit the cache
 # By the number of dimensions of the weight.
@@ -161,11 +162,15 @@ def channel_statistics(layer: Layer, outputs: list[Tensor]) -> tuple[Tensor, Ten
     # Positions first, as they are contiguous, then images: many times faster than torch.var_mean, and as exact.
     precise = torch.promote_types(parts[0].dtype, torch.float32)
     mean = torch.as_tensor(sum(part.to(precise).sum(2).sum(0) for part in parts)) / count
-    squares = torch.zeros_like(mean)
-    for part in parts:
-        for piece in part.split(max(1, PIECE // part[0].numel())):  # a copy that fits the cache
-            squares += torch.linalg.vector_norm(piece.to(precise) - mean.unsqueeze(1), dim=2).square().sum(0)
-    return mean, squares.div(count).sqrt()
+
+    def squares(*parts: Tensor) -> Tensor:
+        total = torch.zeros_like(mean, dtype=torch.promote_types(precise, parts[0].dtype))
+        for part in parts:
+            for piece in part.split(max(1, PIECE // part[0].numel())):  # a copy that fits the cache
+                total += torch.linalg.vector_norm(piece.to(total.dtype) - mean.unsqueeze(1), dim=2).square().sum(0)
+        return total
+
+    return mean, in_range(squares, *parts).div(count).sqrt().to(precise)
 
 
 def check_input(layer: Layer, inputs: Iterable[Tensor]) -> None:

@@ -18,6 +18,7 @@ from initializers._memory import without_memory
 from initializers._model import InitializationError, seed_all, unchanged_on_error, unwrapped
 from initializers._outputs import in_parts
 from initializers._plot import plot_rates
+from initializers._squares import in_range, norm
 
 RATE_DRAWS = 4  # top gradients for each image, where a step is exact and need not be repeated
 IMAGES_AT_A_TIME = 16  # bounds the activations kept for the backward pass
@@ -185,7 +186,7 @@ def _unseen(layers: Layers, inputs: tuple[Tensor, ...]) -> set[str]:
     unseen = set()
     for name, own in gradients.own.items():
         rounding = max(UNSEEN, 4 * torch.finfo(gradients.layers[name].weight.dtype).eps)
-        if name not in arrived or (own - arrived[name]).norm() > rounding * own.norm():
+        if name not in arrived or norm(own - arrived[name]) > rounding * norm(own):
             unseen.add(name)
     return unseen
 
@@ -335,7 +336,7 @@ def _rounding(layers: Layers, inputs: tuple[Tensor, ...], names: list[str], seed
             )
             for factor in (1, 3)
         )
-    return [name for name in one if (one[name] - three[name] / 3).norm() > LINEAR * one[name].norm()]
+    return [name for name in one if norm(one[name] - three[name] / 3) > LINEAR * norm(one[name])]
 
 
 def _weight_gradient(uses: list[Use], part: slice = slice(None)) -> Tensor:
@@ -413,7 +414,7 @@ class _Gradients:
             layer = self.layers[name]
             _, outputs, _, kernel = layer.blocks.shape
             factor = 1.0 if layer.factor is None else layer.factor.item()  # between the stored weights and the layer's
-            found[name] = _sum_of_squares(layer.as_blocks(gradient / factor)).double().cpu() / (outputs * kernel)
+            found[name] = _sum_of_squares(layer.as_blocks(gradient / factor)).cpu() / (outputs * kernel)
         return found
 
     def take(
@@ -570,8 +571,7 @@ def _column_squares(layer: Layer, uses: list[Use], images: int) -> Tensor:
         if x.shape[1] * (outputs + width) < outputs * width:
             # At few positions the gradient of an image, a sum of outer products, has squares that need no product as
             # large as the weight: column j has the sum x_j' G G' x_j over the positions' inputs and gradients.
-            rows = (x * ((gradient @ gradient.mT) @ x)).sum((0, 1)).clamp(min=0)
-            return rows.double().cpu()[None] / outputs
+            return in_range(_squares_by_positions, x, gradient).double().cpu()[None] / outputs
     total = torch.zeros(layer.blocks.shape[::2], dtype=torch.float64, device=layer.weight.device)
     for image in range(images):
         part = slice(None) if images == 1 else slice(image, image + 1)
@@ -580,5 +580,13 @@ def _column_squares(layer: Layer, uses: list[Use], images: int) -> Tensor:
 
 
 def _sum_of_squares(blocks: Tensor) -> Tensor:
-    """Of each input channel: (groups, outputs, inputs, kernel) -> (groups, inputs)."""
+    """Of each input channel: (groups, outputs, inputs, kernel) -> float64 (groups, inputs)."""
+    return in_range(_sum_over_outputs_and_kernel, blocks).double()
+
+
+def _sum_over_outputs_and_kernel(blocks: Tensor) -> Tensor:
     return blocks.square().sum(1).sum(-1)  # ten times faster than over both dimensions at once
+
+
+def _squares_by_positions(x: Tensor, gradient: Tensor) -> Tensor:
+    return (x * ((gradient @ gradient.mT) @ x)).sum((0, 1)).clamp(min=0)

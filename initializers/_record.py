@@ -5,6 +5,7 @@ twice, on two images and on three, so that whatever number grows with the batch 
 """
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from initializers._layers import AffineMode, Layers
 from initializers._memory import same_bits, without_memory
 from initializers._model import InitializationError, dropouts, forked_random, scripted, seed_all, without_dropout
 from initializers._outputs import in_parts, outputs_of, tensors_of
+from initializers._squares import in_range, norm, squared_norms
 
 # Their constants can be scaled; a function that such a module calls is attributed to it.
 NORMS = (
@@ -90,7 +92,7 @@ def _few(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """
     rows = inputs[0].reshape(len(inputs[0]), -1)
     rows = rows if rows.is_floating_point() else rows.float()
-    sizes = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    sizes = in_range(partial(squared_norms, dim=1), rows)
     order = sizes.argsort(stable=True)
     return tuple(x[order[[0, len(order) // 2, -1]]] for x in inputs)
 
@@ -119,7 +121,7 @@ def _interact(one: dict[tuple, Tensor], other: dict[tuple, Tensor]) -> bool:
     """Whether what comes of the first images changes with one image more, as where a batch is normalised by itself."""
     both = [(one[key], other[key]) for key in one if key in other]
     pairs = [(a, b[: len(a)]) for a, b in both if (len(a), len(b)) == SIZES]
-    return any(a.shape != b.shape or (a - b).norm() > INTERACTION * a.norm() for a, b in pairs)
+    return any(a.shape != b.shape or norm(a - b) > INTERACTION * norm(a) for a, b in pairs)
 
 
 def _check_alike(one: Graph, other: Graph) -> None:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from initializers._layers import Layers, forward
 from initializers._memory import without_memory
 from initializers._model import InitializationError
 from initializers._report import LayerReport, Report
+from initializers._squares import in_range, root_mean_square, squared_norms
 from initializers._sweep import Recorded, sweep
 
 FLAT = 1e-5  # of the mean of a channel or of its input: a standard deviation below is rounding
@@ -152,12 +154,17 @@ def _rounding(layer: Layer, inputs: list[Tensor]) -> Tensor:
     for x in inputs:
         channel = x.ndim - layer.weight.ndim + 1
         others = None if layer.groups == 1 else [dimension for dimension in range(x.ndim) if dimension != channel]
-        norms = torch.linalg.vector_norm(x, dim=others, dtype=torch.promote_types(x.dtype, torch.float32))
-        squares += norms.double().square().view(layer.groups, -1).sum(1)
+        squares += in_range(partial(squared_norms, dim=others), x).view(layer.groups, -1).sum(1)
     each = squares * layer.groups / max(1, sum(x.numel() for x in inputs))
     each = (FLAT**2 * each).maximum(FAINT**2 * each.mean())
-    norms = layer.blocks.float().square().sum((2, 3)).double() * (1.0 if layer.factor is None else layer.factor) ** 2
+    norms = _squared_norms_of_filters(layer) * (1.0 if layer.factor is None else layer.factor) ** 2
     return (norms * each.unsqueeze(1)).sqrt().flatten()
+
+
+def _squared_norms_of_filters(layer: Layer) -> Tensor:
+    """Float64 (groups, outputs)."""
+    precise = torch.promote_types(layer.weight.dtype, torch.float32)
+    return in_range(lambda blocks: blocks.square().sum((2, 3)), layer.blocks.to(precise)).double()
 
 
 def _normalise_channels(
@@ -172,7 +179,7 @@ def _normalise_channels(
         A note on the groups of channels that do not vary on the images, because their few inputs are dead behind a
         ReLU: their weights stay as they are, or get length 1 where they are longer.
     """
-    norms = layer.blocks.square().sum((2, 3)).sqrt().flatten().to(sigma)
+    norms = _squared_norms_of_filters(layer).sqrt().flatten().to(sigma)
     large = norms.clamp(min=1)  # filters of whitened rounding are
     sigma = torch.where(dead.repeat_interleave(len(sigma) // layer.groups), large, sigma)
     layer.blocks.div_(sigma.view(layer.groups, -1, 1, 1))
@@ -200,9 +207,9 @@ def _normalise_still(layer: Layer, outputs: list[Tensor], mu: Tensor, beta: floa
     if layer.bias is not None and layer.bias_factor is not None:
         fixed *= layer.bias_factor
     reached = any(map(len, outputs))
-    size = (mu - fixed).square().mean().sqrt()
-    if not reached or size <= FLAT * fixed.square().mean().sqrt():  # the input is 0
-        size = layer.blocks.square().mean().sqrt() * math.sqrt(layer.fan_in) * (layer.factor or 1)
+    size = root_mean_square(mu - fixed).to(mu)
+    if not reached or size <= FLAT * root_mean_square(fixed):  # the input is 0
+        size = root_mean_square(layer.blocks) * math.sqrt(layer.fan_in) * (layer.factor or 1)
     layer.blocks.div_(size)
     shift = fixed - fixed / size
     if layer.bias is not None:

@@ -1,5 +1,6 @@
 """Every error names what is wrong and the remedy, and leaves the model exactly as it was."""
 
+import copy
 import math
 import re
 from typing import get_args
@@ -296,7 +297,7 @@ def test_values_that_are_no_numbers(model, images):
 
 def test_values_that_overflow_in_a_layer(model, images):
     with torch.no_grad():
-        model[3].weight[2] = 1e30
+        model[3].weight[2] = 3e38
         images *= 1e10
     message = "layer 3: its output overflows: normalise the images, or check its weights"
     check(message, initialize, model, images, None, between=False)
@@ -322,7 +323,9 @@ def test_images_that_are_too_small_for_what_comes_before_a_layer():
 
 def test_layers_that_cannot_be_balanced(model, images):
     overflow = 'the output or its gradient overflows: normalise the images, .*, use filters="kmeans", or float64'
-    check(overflow, rescale, model, 1e25 * images)
+    large = copy.deepcopy(model)
+    large[6].weight.data *= 1e20
+    check(overflow, rescale, large, 1e30 * images)
     before = nn.Sequential(Call(lambda x: 1e30 * x), model)
     check("layer 1.0: its input holds NaN or Inf", rescale, before, 1e10 * images)
     nn.init.constant_(model[3].bias, -1e9)

@@ -246,6 +246,29 @@ def test_every_channel_has_unit_variance_and_the_given_mean(network, filters, im
         assert torch.equal(tensor, before[0][name]) != name.startswith(affine), name
 
 
+@networks
+@pytest.mark.parametrize("factor", [2.0**-66, 2.0**66])
+@pytest.mark.parametrize("filters", FILTERS)
+def test_images_whose_squares_float32_does_not_hold(network, filters, factor, images):
+    """As those of a strain of 1e-20: what comes out is what comes of other units."""
+    expected, model = build(network).eval(), build(network).eval()
+    reports = initialize(expected, images, filters), initialize(model, factor * images, filters)
+    with torch.no_grad():
+        assert relative(joined(model(factor * images)), joined(expected(images))) < 1e-3
+    for layer, other in zip(reports[1].layers, reports[0].layers, strict=True):
+        assert (layer.filters, layer.note) == (other.filters, other.note)
+        assert layer.std_after == pytest.approx(other.std_after, abs=1e-3)
+
+
+@pytest.mark.parametrize("factor", [2.0**-66, 2.0**66])
+def test_lsuv_on_images_whose_squares_float32_does_not_hold(factor, images):
+    expected, model = build("plain").eval(), build("plain").eval()
+    lsuv(expected, images)
+    lsuv(model, factor * images)
+    with torch.no_grad():
+        assert relative(model(factor * images), expected(images)) < 1e-5
+
+
 @pytest.mark.parametrize("filters", FILTERS)
 def test_only_what_is_normalised_without_a_bias_leaves_the_mean_out(filters, images):
     """The filters of a layer with a bias, or that is not normalised, are those of the patches as they are."""
@@ -473,7 +496,7 @@ def dictionaries(images):
     ids=["tuple", "float64", "batches", "uneven", "pairs", "dictionaries", "loader"],
 )
 def test_images_may_come_in_any_form(form, images):
-    expected, model = build("plain"), build("plain")
+    expected, model = build("plain").eval(), build("plain").eval()
     initialize(expected, images)
     initialize(model, form(images))
     assert_same(state(expected), state(model))

@@ -590,6 +590,22 @@ def test_scaling_the_layers_of_a_homogeneous_network(factors, images):
         assert after[name] == pytest.approx(before[name] * product / factor**2, rel=1e-4)
 
 
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+@pytest.mark.parametrize("network", ["linear", "tokens", "groups", "tied", "force"])
+def test_gradients_whose_squares_float32_does_not_hold(network, factor, images):
+    class Multiplied(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return factor * self.model(x)
+
+    model = build(network)
+    expected = {f"model.{name}": factor * rate for name, rate in change_rate(model, images).mean.items()}
+    assert change_rate(Multiplied(model), images).mean == pytest.approx(expected, rel=1e-3, abs=0)
+
+
 def test_the_summaries():
     columns = {"a": torch.tensor([1.0, 2.0, 6.0]), "b": torch.tensor([10.0, 14.0]), "c": torch.tensor([2.0])}
     rates = Rates(columns)
