@@ -11,6 +11,8 @@ from initializers._memory import is_lazy, without_memory
 from initializers._model import InitializationError, forked_random
 from initializers._outputs import outputs_of
 
+MOST_BATCHES = 100_000  # or images of a dataset: more are a mistake, and loaders may never end
+MOST_BYTES = 2**33
 Given = tuple[tuple[Tensor, ...], tuple[str, ...]]  # inputs, and the names by which the model takes the last of them
 
 
@@ -80,10 +82,8 @@ def _tensors(arguments: _Arguments, images) -> Given:
     if not isinstance(images, Iterable) and not one_by_one:
         raise InitializationError(f"images is a {type(images).__name__}: pass a float tensor or an iterable of batches")
     with torch.random.fork_rng(devices=[]):  # which a loader draws from
-        given = [images[number] for number in range(len(images))] if one_by_one else [*images]
-    if not given:
-        raise InitializationError("images is empty: pass at least a few dozen real images")
-    batches = [_of_batch(arguments, part) for part in given]
+        given = (images[number] for number in range(len(images))) if one_by_one else images
+        batches = _read(arguments, given)
     if len({(len(inputs), names) for inputs, names in batches}) > 1:
         raise InitializationError("the batches hold different inputs: yield the same in each")
     columns = [list(column) for column in zip(*(inputs for inputs, _ in batches), strict=True)]
@@ -96,6 +96,28 @@ def _tensors(arguments: _Arguments, images) -> Given:
             remedy = "resize them to one" if len({*map(len, shapes)}) == 1 else "pass the images alone"
             raise InitializationError(f"the batches hold images of different shapes {shapes}: {remedy}")
     return tuple(map(torch.cat, columns)), batches[0][1]
+
+
+def _read(arguments: _Arguments, given: Iterable) -> list[Given]:
+    """What is in the batches, one after another, as they may never end.
+
+    Raises:
+        InitializationError: there are none, or too many.
+    """
+    batches: list[Given] = []
+    size = 0
+    for batch in given:
+        inputs, names = _of_batch(arguments, batch)
+        size += sum(part.nbytes for part in inputs)
+        if size > MOST_BYTES or len(batches) == MOST_BATCHES:
+            raise InitializationError(
+                f"images yields more than {MOST_BATCHES:,} batches or {MOST_BYTES >> 30} GB, maybe without end: some "
+                "hundred images are enough, as those of itertools.islice(loader, 5); pass a tensor if all are meant"
+            )
+        batches.append((inputs, names))
+    if not batches:
+        raise InitializationError("images is empty: pass at least a few dozen real images")
+    return batches
 
 
 def _of_batch(arguments: _Arguments, batch) -> Given:

@@ -1,14 +1,16 @@
 """Inputs and outputs of models in the forms that people have."""
 
 import dataclasses
+import itertools
 import types
 from collections import UserDict
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from initializers import InitializationError, change_rate, initialize, lsuv, msra, rescale, xavier
+from initializers import InitializationError, _inputs, change_rate, initialize, lsuv, msra, rescale, xavier
 
 
 @pytest.fixture
@@ -202,6 +204,19 @@ def test_single_images_where_batches_are_meant(images):
     for given in (images[0], (image for image in images)):
         with pytest.raises(InitializationError, match=r"rejects .*; if these are single images, torch\.stack"):
             initialize(plain(), given)
+
+
+@pytest.mark.parametrize(("limit", "most"), [("MOST_BATCHES", 3), ("MOST_BYTES", 4 * 3 * 12 * 12 * 48)])
+def test_a_loader_that_may_never_end(images, limit, most, monkeypatch):
+    """48 images in batches of 16 are the most here."""
+    monkeypatch.setattr(_inputs, limit, most)
+    assert same(trained(plain, [*images.split(16)]), trained(plain, images))
+    endless = itertools.repeat(images[:16])
+    with pytest.raises(InitializationError, match="maybe without end: some hundred images are enough"):
+        initialize(plain(), endless)
+    assert same(trained(plain, itertools.islice(endless, 2)), trained(plain, torch.cat([images[:16]] * 2)))
+    with pytest.raises(InitializationError, match="maybe without end"):
+        initialize(plain(), TensorDataset(torch.cat([images] * 2)))
 
 
 MODELS = {
