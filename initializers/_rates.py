@@ -1,18 +1,25 @@
 """Change rates: how fast each layer learns, relative to the size of its weights (equations 1 to 3)."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial, reduce, wraps
-from typing import TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from initializers._gradients import (
+    IMAGES_AT_A_TIME,
+    Gradients,
+    Use,
+    as_the_model_allows,
+    noise_like,
+    thawed,
+    weight_gradient,
+    with_graph,
+)
 from initializers._inputs import as_inputs
-from initializers._layer import PIECE, Call, Layer, check_input, memory
+from initializers._layer import PIECE, Call, Layer
 from initializers._layers import Layers, forward
 from initializers._memory import without_memory
 from initializers._model import InitializationError, seed_all, unchanged_on_error, unwrapped
@@ -21,13 +28,8 @@ from initializers._plot import plot_rates
 from initializers._squares import in_range, norm
 
 RATE_DRAWS = 4  # top gradients for each image, where a step is exact and need not be repeated
-IMAGES_AT_A_TIME = 16  # bounds the activations kept for the backward pass
 FAINT = 1e-5  # of the largest rate: one below may be of gradients that are rounding
-UNSEEN = 1e-4  # relative difference up to which the gradient of weights is what arrives at the outputs of their layer
 LINEAR = 0.1  # relative difference up to which a gradient is linear in the top gradient
-
-Result = TypeVar("Result")
-Use = tuple[Call, Tensor, Tensor]  # of a layer, with its input and the gradient of its output
 
 
 @dataclass(frozen=True)
@@ -129,91 +131,7 @@ class Measurement:
         return Rates({name: _rate(gradient, self.weights[name].mean()) for name, gradient in gradients.items()})
 
 
-class _GradientFails(InitializationError):
-    """The gradient of the output cannot be taken."""
-
-
-class _OtherRows(InitializationError):
-    """The rows of a layer's input are not the images."""
-
-
-class _MayBeUnseen(InitializationError):
-    """The gradients of layers may not all come by their outputs; the argument is the set of their names."""
-
-
-def _as_the_model_allows(compute: Callable[..., Result]) -> Callable[..., Result]:
-    """Try again where a gradient fails or is not seen, or where rows are not the images after all.
-
-    Then with copies of what the gradient needs and the model overwrites, such as `torch.exp(x).add_(y)`: not done at
-    once, as copies take time. Or with one image at a time: how many rows go to an expert depends on the images, and of
-    weights whose gradient a function of the model's own takes only the whole is known.
-    """
-
-    @wraps(compute)
-    def tried_again(layers: Layers, inputs: tuple[Tensor, ...], *args, **kwargs) -> Result:
-        try:
-            return compute(layers, inputs, *args, **kwargs)
-        except _OtherRows:
-            layers.per_image = False
-            return tried_again(layers, inputs, *args, **kwargs)
-        except _MayBeUnseen as candidates:
-            layers.unseen = candidates.args[0]
-            layers.unseen = _unseen(layers, inputs)
-            layers.per_image = layers.per_image and not layers.unseen
-            return tried_again(layers, inputs, *args, **kwargs)
-        except _GradientFails:
-            with torch.autograd.graph.allow_mutation_on_saved_tensors():
-                return compute(layers, inputs, *args, **kwargs)
-
-    return tried_again
-
-
-@_as_the_model_allows
-def _unseen(layers: Layers, inputs: tuple[Tensor, ...]) -> set[str]:
-    """Of `layers.unseen` those whose weights have a gradient that does not all come by what arrives at their outputs.
-
-    A function of the model's own takes it (for a linear map, of reversible blocks, of the adjoint of a differential
-    equation), the model takes gradients itself (a force is one of an energy), or something else uses the weights (an
-    embedding to which they are tied). Layers that run without gradients may have none, or that of other uses.
-    """
-    batch = IMAGES_AT_A_TIME if layers.per_image else 1
-    generator = torch.Generator(inputs[0].device).manual_seed(0)
-    with without_memory(layers.model), _thawed(layers):
-        gradients, top = _with_graph(layers, tuple(x[:batch] for x in inputs))
-        top = [output for output in top if output.requires_grad]
-        noise = [_like(output, generator) for output in top]
-        arrived = gradients.take(top, noise, _of_stored_weight, keep=False)
-    unseen = set()
-    for name, own in gradients.own.items():
-        rounding = max(UNSEEN, 4 * torch.finfo(gradients.layers[name].weight.dtype).eps)
-        if name not in arrived or norm(own - arrived[name]) > rounding * norm(own):
-            unseen.add(name)
-    return unseen
-
-
-@contextmanager
-def _thawed(layers: Layers) -> Iterator[None]:
-    """The weights of `layers.unseen` have gradients inside, also those that are frozen."""
-    found = [layers.find(layers.found[name].weight)[1] for name in layers.unseen or ()]
-    frozen = [parameter for parameter in found if parameter is not None and not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-def _of_stored_weight(layer: Layer, uses: list[Use]) -> Tensor:
-    """Gradient of the weights as they are stored, shaped like them, by the uses of a layer."""
-    gradient = _weight_gradient(uses)
-    for factor in (layer.factor, layer.mask):
-        gradient = gradient if factor is None else gradient * factor
-    return gradient
-
-
-@_as_the_model_allows
+@as_the_model_allows
 def measure(
     layers: Layers,
     inputs: tuple[Tensor, ...],
@@ -243,27 +161,46 @@ def measure(
     tops = []
     for first in range(0, count, batch):
         part = slice(first, first + batch)
-        square = partial(_column_squares, images=len(inputs[0][part]))
-        with without_memory(layers.model), _thawed(layers):
-            run = partial(_with_graph, layers, tuple(x[part] for x in inputs))
-            gradients, top = run(before if first == 0 else None)
-            used |= gradients.layers
-            together = _together(top, apart)
-            turns = [(draw, number) for draw in range(draws) for number in range(len(together))]
-            for turn in turns:
-                if layers.unseen and turn != turns[0]:  # the functions that take their gradients may do so once
-                    gradients, again = run()
-                    together = _together(again, apart)
-                group = together[turn[1]]
-                noise = [eta[part].to(top[0])] if eta is not None else [_like(each, generator) for each in group]
-                taken = gradients.take(group, noise, square, keep=turn != turns[-1])
-                for name, found in (taken | gradients.own_squares).items():
-                    totals = squares.setdefault(name, found.new_zeros(len(together), *found.shape))
-                    totals[turn[1]] += found / (count * draws)
-            tops.append(_rows(top))
+        few = tuple(x[part] for x in inputs)
+        square = partial(_column_squares, images=len(few[0]))
+        with without_memory(layers.model), thawed(layers, layers.unseen or ()):
+            for gradients, groups, number, more in _turns(layers, few, draws, apart, before if first == 0 else None):
+                used |= gradients.layers
+                top = groups[number]
+                noise = [eta[part].to(top[0])] if eta is not None else [noise_like(each, generator) for each in top]
+                found = gradients.take(top, noise, square, keep=more)
+                found |= {name: _squares(used[name], own) for name, own in gradients.own.items()}
+                for name, columns in found.items():
+                    totals = squares.setdefault(name, columns.new_zeros(len(groups), *columns.shape))
+                    totals[number] += columns / (count * draws)
+            tops.append(_rows([output for group in groups for output in group]))
     weights = {name: _mean_squares(layer) for name, layer in used.items()}
     width = max(top.shape[1] for top in tops)
-    return Measurement(used, _of_stored(used, squares), weights, torch.cat([_padded(top, width) for top in tops]))
+    for name, layer in used.items():
+        none = torch.zeros(1, *layer.blocks.shape[::2], dtype=torch.float64)
+        squares[name] = squares.pop(name, none)  # in the order of the layers; 0 where the output depends on none
+    return Measurement(used, squares, weights, torch.cat([_padded(top, width) for top in tops]))
+
+
+def _turns(
+    layers: Layers,
+    inputs: tuple[Tensor, ...],
+    draws: int,
+    apart: bool,
+    before: Callable[[Call, Tensor], None] | None,
+) -> Iterator[tuple[Gradients, list[list[Tensor]], int, bool]]:
+    """For each draw and each group of outputs: gradients to take, all groups, the number of that one, are there more.
+
+    Arguments as of `measure`, for one batch.
+    """
+    gradients, top = with_graph(layers, inputs, before)
+    groups = _together(top, apart)
+    turns = [(draw, number) for draw in range(draws) for number in range(len(groups))]
+    for turn in turns:
+        if layers.unseen and turn != turns[0]:  # the functions that take their gradients may do so once
+            gradients, top = with_graph(layers, inputs)
+            groups = _together(top, apart)
+        yield gradients, groups, turn[1], turn != turns[-1]
 
 
 def _together(top: list[Tensor], apart: bool) -> list[list[Tensor]]:
@@ -316,7 +253,7 @@ def usable_rates(
     return measurement
 
 
-@_as_the_model_allows
+@as_the_model_allows
 def _rounding(layers: Layers, inputs: tuple[Tensor, ...], names: list[str], seed: int) -> list[str]:
     """Of some layers those whose gradients are rounding of what cancels out, as before a softmax over equal values.
 
@@ -327,167 +264,16 @@ def _rounding(layers: Layers, inputs: tuple[Tensor, ...], names: list[str], seed
     seed_all(seed)
     batch = IMAGES_AT_A_TIME if layers.per_image else 1
     with without_memory(layers.model):
-        gradients, top = _with_graph(layers, tuple(x[:batch] for x in inputs))
+        gradients, top = with_graph(layers, tuple(x[:batch] for x in inputs))
         top = [output for output in top if output.requires_grad]
-        noise = [_like(output, generator) for output in top]
+        noise = [noise_like(output, generator) for output in top]
         one, three = (
             gradients.take(
-                top, [factor * each for each in noise], lambda _, uses: _weight_gradient(uses), names, keep=factor == 1
+                top, [factor * each for each in noise], lambda _, uses: weight_gradient(uses), names, keep=factor == 1
             )
             for factor in (1, 3)
         )
     return [name for name in one if norm(one[name] - three[name] / 3) > LINEAR * norm(one[name])]
-
-
-def _weight_gradient(uses: list[Use], part: slice = slice(None)) -> Tensor:
-    """Gradient of the weights, shaped like them: the sum over the uses of a layer, and over some rows of each."""
-    return reduce(
-        Tensor.add, (call.weight_gradient(x[part].float(), gradient[part].float()) for call, x, gradient in uses)
-    )
-
-
-def _with_graph(
-    layers: Layers, inputs: tuple[Tensor, ...], before: Callable[[Call, Tensor], None] | None = None
-) -> tuple["_Gradients", list[Tensor]]:
-    """A forward pass whose gradients can be taken, and the model's outputs.
-
-    Args:
-        before: see `measure`.
-    """
-    gradients = _Gradients(torch.zeros((), device=inputs[0].device, requires_grad=True))
-    without: set[str] = set()
-
-    def visit(call: Call, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        name, x = call.layer.name, x.detach()
-        if layers.per_image and len(x) != len(inputs[0]):
-            raise _OtherRows
-        check_input(call.layer, [x])
-        if before is not None and name not in gradients.layers:
-            with torch.no_grad():
-                before(call, x)
-        gradients.layers[name] = call.layer
-        gradients.uses[name] += 1
-        if not torch.is_grad_enabled():
-            without.add(name)
-        return _Tap.apply(compute(), gradients.start, lambda gradient: gradients.arrived((call, x, gradient)))
-
-    with torch.enable_grad():
-        top = forward(layers, inputs, visit)
-    if not gradients.layers:
-        raise InitializationError(layers.no_layer)
-    used = gradients.layers
-    without |= {name for name in used if layers.differentiates or memory(used[name].weight) in layers.elsewhere}
-    if layers.unseen is None and without:
-        raise _MayBeUnseen(without)
-    for name in (layers.unseen or set()) & gradients.layers.keys():
-        _, parameter = layers.find(gradients.layers[name].weight)
-        if parameter is not None and parameter.requires_grad:
-            gradients.parameters[name] = parameter
-    return gradients, top
-
-
-@dataclass
-class _Gradients:
-    """Gradients of the outputs of layers, on their way. It holds nothing of the graph, which holds it.
-
-    Attributes:
-        start: a number on which all outputs of layers depend, also of layers that are frozen.
-        layers: by name, in order of execution.
-        uses: how often each is used.
-        arrived: what becomes of a gradient.
-        parameters: by layer, those whose gradients are not seen on their way.
-        own: the gradients of the weights among these, as they were taken last.
-    """
-
-    start: Tensor
-    layers: dict[str, Layer] = field(default_factory=dict)
-    uses: Counter[str] = field(default_factory=Counter)
-    arrived: Callable[[Use], object] = id
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    own: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def own_squares(self) -> dict[str, Tensor]:
-        """As `_column_squares`, of `own`; of one image."""
-        found = {}
-        for name, gradient in self.own.items():
-            layer = self.layers[name]
-            _, outputs, _, kernel = layer.blocks.shape
-            factor = 1.0 if layer.factor is None else layer.factor.item()  # between the stored weights and the layer's
-            found[name] = _sum_of_squares(layer.as_blocks(gradient / factor)).cpu() / (outputs * kernel)
-        return found
-
-    def take(
-        self,
-        top: list[Tensor],
-        noise: list[Tensor],
-        compute: Callable[[Layer, list[Use]], Tensor],
-        names: Collection[str] | None = None,
-        *,
-        keep: bool,
-    ) -> dict[str, Tensor]:
-        """By layer that the outputs depend on, what `compute` makes of it and its uses, as soon as they have gradients.
-
-        So the gradients of one layer are in memory, not those of all.
-
-        Args:
-            top, noise: outputs of the model and their gradients.
-            names: of the layers that count; None for all.
-            keep: the graph, for another backward pass.
-        """
-        waiting: dict[str, list[Use]] = {}
-        found: dict[str, Tensor] = {}
-
-        def arrived(use: Use) -> None:
-            layer = use[0].layer
-            if names is None or layer.name in names:
-                waiting.setdefault(layer.name, []).insert(0, use)  # the last one comes first
-                if len(waiting[layer.name]) == self.uses[layer.name]:
-                    found[layer.name] = compute(layer, waiting.pop(layer.name))
-
-        self.arrived = arrived
-        try:
-            if top:
-                self._take(top, noise, keep)
-        except (InitializationError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # functions with a gradient of their own raise nearly anything
-            message = f"change rates need the gradient of the model's output, which fails: {error}; pass between=False"
-            raise _GradientFails(message) from error
-        finally:
-            self.arrived = id  # which does nothing, and holds no tensor of the graph
-        return found | {name: compute(uses[0][0].layer, uses) for name, uses in waiting.items()}
-
-    def _take(self, top: list[Tensor], noise: list[Tensor], keep: bool) -> None:
-        for parameter in self.parameters.values():
-            parameter.grad = None  # where functions leave gradients that run a backward pass of their own
-        wanted = [self.start, *self.parameters.values()]
-        _, *given = torch.autograd.grad(top, wanted, noise, allow_unused=True, retain_graph=keep)
-        for (name, parameter), gradient in zip(self.parameters.items(), given, strict=True):
-            parts = [part for part in (gradient, parameter.grad) if part is not None]
-            if parts:
-                same = torch.empty_like(parameter).copy_(
-                    reduce(Tensor.add, parts)
-                )  # with the memory layout of the parameter
-                weight = self.layers[name].weight
-                offset = weight.storage_offset() - parameter.storage_offset()
-                self.own[name] = same.as_strided(weight.shape, weight.stride(), offset).float()
-
-
-class _Tap(torch.autograd.Function):
-    """A copy of the output of a layer, as what follows may work in place; its gradient goes on, and to a function."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, start: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.arrived = arrived
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor | None):
-        if gradient is not None:
-            ctx.arrived(gradient)
-        return gradient, None, None
 
 
 def _rate(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -496,39 +282,28 @@ def _rate(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rows(top: list[Tensor]) -> Tensor:
-    """The outputs that depend on the weights, in one row for each image: (N, values)."""
-    learned = [output.detach().reshape(len(output), -1) for output in top if output.requires_grad]
-    if not learned:
+    """Outputs in one row for each image: (N, values)."""
+    if not top:
         raise InitializationError(
             "the output of the model does not depend on the weights of its layers, or has no gradient (as behind "
             "quantization, or of reversible blocks): pass between=False, or training=True where training has one"
         )
-    return torch.cat(learned, 1)
+    return torch.cat([output.detach().reshape(len(output), -1) for output in top], 1)
 
 
 def _padded(rows: Tensor, width: int) -> Tensor:
     return nn.functional.pad(rows, (0, width - rows.shape[1]))
 
 
-def _of_stored(used: dict[str, Layer], squares: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Squared gradients of what is stored, in the order of the layers; 0 where the output does not depend on one."""
-    found = {}
-    for name, layer in used.items():
-        factor = 1.0 if layer.factor is None else layer.factor.item()
-        none = torch.zeros(1, *layer.blocks.shape[::2], dtype=torch.float64)
-        found[name] = squares.get(name, none) * factor**2
-    return found
-
-
 @torch.no_grad()
 def _mean_squares(layer: Layer) -> Tensor:
     """Mean square of the weights of each input channel, float64 (groups, inputs)."""
     blocks = layer.blocks if layer.mask is None else layer.as_blocks(layer.weight.detach() * layer.mask)
-    groups, outputs, width, kernel = blocks.shape
+    groups, _, width, kernel = blocks.shape
     total = torch.zeros(groups, width, dtype=torch.float64, device=layer.weight.device)
     for piece in blocks.split(max(1, PIECE // (groups * width * kernel)), 1):
         total += _sum_of_squares(piece.float())
-    return total.cpu() / (outputs * kernel)
+    return _mean(layer, total)
 
 
 @torch.no_grad()
@@ -553,10 +328,6 @@ def _rows_are_images(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
     return True
 
 
-def _like(output: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
-
-
 def _column_squares(layer: Layer, uses: list[Use], images: int) -> Tensor:
     """Squared gradient of the weights: mean over outputs and kernel, sum over images; float64 (groups, inputs).
 
@@ -564,18 +335,30 @@ def _column_squares(layer: Layer, uses: list[Use], images: int) -> Tensor:
         uses: each use of the layer with its input and the gradient of its output. Their rows are the images, or all
             of them are of one image.
     """
-    _, outputs, width, kernel = layer.blocks.shape
-    if layer.linear and len(uses) == 1:
+    _, outputs, width, _ = layer.blocks.shape
+    if layer.linear and len(uses) == 1 and layer.mask is None:
         _, *pair = uses[0]
         x, gradient = (part.float().reshape(images, -1, part.shape[-1]) for part in pair)
         if x.shape[1] * (outputs + width) < outputs * width:
             # At few positions the gradient of an image, a sum of outer products, has squares that need no product as
             # large as the weight: column j has the sum x_j' G G' x_j over the positions' inputs and gradients.
-            return in_range(_squares_by_positions, x, gradient).double().cpu()[None] / outputs
+            factor = 1.0 if layer.factor is None else layer.factor.item()
+            return in_range(_squares_by_positions, x, gradient).double().cpu()[None] * factor**2 / outputs
     total = torch.zeros(layer.blocks.shape[::2], dtype=torch.float64, device=layer.weight.device)
     for image in range(images):
         part = slice(None) if images == 1 else slice(image, image + 1)
-        total += _sum_of_squares(layer.as_blocks(_weight_gradient(uses, part)))
+        total += _sum_of_squares(layer.as_blocks(weight_gradient(uses, part)))
+    return _mean(layer, total)
+
+
+def _squares(layer: Layer, gradient: Tensor) -> Tensor:
+    """As `_column_squares`, of the gradient of one image, shaped like the weights."""
+    return _mean(layer, _sum_of_squares(layer.as_blocks(gradient)))
+
+
+def _mean(layer: Layer, total: Tensor) -> Tensor:
+    """The mean over outputs and kernel from the sum, on the CPU."""
+    _, outputs, _, kernel = layer.blocks.shape
     return total.cpu() / (outputs * kernel)
 
 

@@ -107,6 +107,24 @@ class Functional(nn.Module):
         return F.linear(F.linear(input=x, weight=self.table).relu_(), self.head["matrix"])
 
 
+class Masked(nn.Module):
+    """Weights times a mask, and times a number."""
+
+    layers = {"kernel": ("kernel", ...), "tokens": ("tokens", ...), "head": ("head", ...)}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        for name, shape in {"kernel": (6, 4, 3, 3), "tokens": (30, 40), "head": (3, 180)}.items():
+            mask = torch.rand(shape) > 0.8
+            self.register_buffer(f"mask_of_{name}", mask.float())
+            self.register_parameter(name, nn.Parameter(torch.randn(shape) * mask))
+
+    def forward(self, x):
+        x = F.conv2d(x, self.kernel * self.mask_of_kernel).flatten(2)[..., :40].relu()
+        x = F.linear(x, 0.3 * self.tokens * self.mask_of_tokens).relu().flatten(1)
+        return F.linear(x, torch.where(self.mask_of_head > 0, self.head, 0.0))
+
+
 class Product(torch.autograd.Function):
     """A linear map that takes its gradient itself, as torch's tutorial on extending it has one."""
 
@@ -369,6 +387,7 @@ NETWORKS = {
     ),
     "shared": Shared,
     "functional": Functional,
+    "masked": Masked,
     "functions of the model's own": Products,
     "force": Force,
     "tied": Tied,
