@@ -10,6 +10,8 @@ from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 
 from initializers import InitializationError, change_rate, initialize, lsuv, rescale
+from initializers._layers import Layers
+from initializers._rates import measure
 
 CLOSE = {"rtol": 0, "atol": 1e-3}
 
@@ -260,6 +262,27 @@ def test_weights_that_are_parts_of_one_vector(images, filters, nonhomogeneous):
     initialize(model, images, filters, between=False)
     assert_normalised(model, images)
     lsuv(model, images)
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_are_those_of_what_is_stored(images, kind, scaled):
+    """Against those of autograd, image by image; also with auxiliary scalings."""
+    model = Net(**COMPUTED[kind]).eval()
+    if scaled:
+        initialize(model, images, nonhomogeneous="scale")
+    parameters = {
+        name: next(p for path, p in model.named_parameters() if path.startswith(start) and "bias" not in path)
+        for name, start in {"first": "first", "weight": ("weight", "parametrizations"), "last": "last"}.items()
+    }
+    eta = torch.randn(len(images), 5, generator=torch.Generator().manual_seed(0))
+    squares = dict.fromkeys(parameters, 0.0)
+    for image, top in zip(images.split(1), eta.split(1), strict=True):
+        gradients = torch.autograd.grad((model(image) * top).sum(), [*parameters.values()])
+        for name, gradient in zip(parameters, gradients, strict=True):
+            squares[name] += gradient.square().mean().item() / len(images)
+    found = measure(Layers(model), (images,), seed=0, eta=eta).squares
+    assert {name: columns.mean().item() for name, columns in found.items()} == pytest.approx(squares, rel=1e-4)
 
 
 def test_a_rate_is_that_of_what_is_stored(images):
