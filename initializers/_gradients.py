@@ -245,7 +245,7 @@ def weight_gradient(uses: list[Use], part: slice = slice(None)) -> Tensor:
     """Gradient of the weights as they are stored, shaped like them, by the uses of a layer, or some rows of each."""
     layer = uses[0][0].layer
     gradient = reduce(Tensor.add, (call.weight_gradient(x[part].float(), top[part].float()) for call, x, top in uses))
-    for factor in (layer.factor, layer.mask):
+    for factor in (layer.factor, None if layer.sets_to_zero else layer.mask):
         gradient = gradient if factor is None else gradient * factor
     return gradient
 

@@ -31,6 +31,7 @@ class Layer:
         fixed_bias: what it adds where that cannot be set, as the model computes it or it is frozen.
         mask: 0 for weights that the model multiplies by 0 (pruned ones), or that its own forward pass sets to 0, see
             `with_masks`; shaped like the weight.
+        sets_to_zero: whether the forward pass does that, of which the gradients know nothing.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Layer:
     fixed_bias: Tensor | None = None
     bias_factor: Tensor | None = None
     mask: Tensor | None = None
+    sets_to_zero: bool = False
 
     @property
     def linear(self) -> bool:

@@ -205,7 +205,7 @@ def _find_masks(layers: Layers, inputs: tuple[Tensor, ...]) -> bool:
     weights = [layer.weight.clone() for layer in changed]
     if changed:
         for layer, mask, other in zip(changed, ones_of(1), ones_of(-1), strict=True):
-            layer.mask = mask
+            layer.mask, layer.sets_to_zero = mask, True
             if not (((mask == 0) | (mask == 1)).all() and torch.equal(mask, other)):
                 raise InitializationError(
                     f"layer {layer.name}: the forward pass of the model changes its weights (a maximal norm, or a "

@@ -77,6 +77,14 @@ def test_masked_weights(images, how, filters):
     torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["of its data", "other data", "in place"])
+def test_the_rates_of_masked_weights_are_those_that_are_reported(images, how):
+    model = masked(how)
+    report = initialize(model, images[:16], nonhomogeneous="scale")
+    assert change_rate(model, images[:16]).spread < 1.2  # of one draw of the top gradients where the report has four
+    assert report.spread_after < 1.01
+
+
 def test_without_a_bias_the_mean_is_as_it_comes(images):
     model = masked(bias=False)
     report = initialize(model, images, "kmeans", between=False)
