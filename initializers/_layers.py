@@ -4,7 +4,7 @@ Layers are found by the calls of `linear` and `conv*`, not by the classes of mod
 projection of an attention module and a layer inside another framework's class are seen like any `nn.Linear`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -83,6 +83,11 @@ class Layers:
             if parameter.numel():
                 found.setdefault(memory(parameter), []).append((name, parameter))
         return found
+
+    @property
+    def memory_of_parameters(self) -> Set[int]:
+        """Where the parameters of the model are, see `memory`."""
+        return self._parameters.keys()
 
     def find(self, tensor: Tensor) -> tuple[str | None, Tensor | None]:
         """The parameter that a tensor is, or of which it is a view, and its name."""
@@ -324,7 +329,7 @@ class AffineMode(TorchFunctionMode):
         call = None if given is None else self.layers.call(func.__name__, given, self.sources)
         output = self.operation(func, args, kwargs, call)
         if not self._note_scaled(func, args, kwargs, output) and call is None:
-            self._note_other_use(func, args)
+            self._note_other_use(func, (*args, *kwargs.values()))
         return output
 
     def _note_other_use(self, func: Callable, args: tuple) -> None:
@@ -332,7 +337,8 @@ class AffineMode(TorchFunctionMode):
         self.layers.differentiates |= func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
         if func.__name__ not in VIEWS and func.__name__ not in METADATA:
             parts = [part for arg in args for part in (arg if isinstance(arg, list | tuple) else [arg])]
-            self.layers.elsewhere.update(memory(part) for part in parts if isinstance(part, nn.Parameter))
+            taken = {memory(part) for part in parts if isinstance(part, Tensor)}
+            self.layers.elsewhere |= taken & self.layers.memory_of_parameters
 
     def _note_scaled(self, func: Callable, args: tuple, kwargs: dict, output) -> bool:
         """Note a product of a parameter, or of such a product, with a constant; whether it is one."""

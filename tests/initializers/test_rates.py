@@ -188,6 +188,19 @@ class Tied(nn.Module):
         return self.head(F.linear(self.next(x).relu(), self.embed.weight).relu()) * penalty
 
 
+class Autoencoder(nn.Module):
+    """Decodes with the transpose of what encodes, or uses a row of it otherwise."""
+
+    layers = {"weight": ("weight", ...), "head": ("head.weight", ...)}  # noqa: RUF012
+
+    def __init__(self, decode):
+        super().__init__()
+        self.weight, self.head, self.decode = nn.Parameter(torch.randn(9, 4)), nn.Linear(4, 3), decode
+
+    def forward(self, x):
+        return self.head(self.decode(F.linear(x.mean((2, 3)), self.weight).relu(), self.weight))
+
+
 class Reversing(torch.autograd.Function):
     """Two residual steps whose inputs the backward pass computes again; it leaves the gradients at the weights."""
 
@@ -391,6 +404,9 @@ NETWORKS = {
     "functions of the model's own": Products,
     "force": Force,
     "tied": Tied,
+    "transposed weights of another layer": lambda: Autoencoder(lambda x, weight: F.linear(x, weight.T)),
+    "by keyword": lambda: Autoencoder(lambda x, weight: F.linear(input=x, weight=weight.t())),
+    "a row of the weights of another layer": lambda: Autoencoder(lambda x, weight: x[:, :4] + weight[2]),
     "windows": Windows,
     "windows of a convolution": WindowsOfAConvolution,
     "attention, images first": lambda: Attention(batch_first=True),
