@@ -30,7 +30,7 @@ from initializers._calls import (
 from initializers._layer import Call, Layer, check_memory, has_kernel, is_dense, memory, overlap
 from initializers._model import InitializationError, scripted
 from initializers._outputs import outputs_of
-from initializers._scaled import MASKING, PRODUCTS, AuxiliaryScaling, Scaled, source_of
+from initializers._scaled import COPIES, MASKING, PRODUCTS, AuxiliaryScaling, Scaled, source_of
 from initializers._weight_norm import WeightNorm, multiplied, weight_norms
 
 SCRIPTED = (
@@ -166,9 +166,11 @@ class Layers:
         """The parameter, the factor and the mask where a function multiplies a parameter by a constant.
 
         That is what `AuxiliaryScaling` or weight normalisation has, a number, a buffer or a frozen parameter of one
-        value, or one of zeros and ones for each weight.
+        value, or one of zeros and ones for each weight; and 1 where it is copied, as to another precision.
         """
         name = getattr(func, "__name__", "")
+        if name in COPIES and args and isinstance(args[0], Tensor) and self.find(args[0])[1] is not None:
+            return args[0], args[0].new_ones(()), None
         found = self._multiplied(PRODUCTS[name], args) if name in PRODUCTS and len(args) == 2 else None
         return found or (self._masked(func, args, kwargs) if name in MASKING else None)
 
@@ -241,6 +243,8 @@ class Layers:
             return None  # turned
         elif bias is not None and (layer.bias is None or not overlap(bias, layer.bias)) and layer.fixed_bias is None:
             return None
+        elif not (_same(factor, layer.factor) and _same(mask, layer.mask)):
+            self.elsewhere.add(memory(weight))  # what arrives here is of another multiple of it
         return Call.of(layer, given)
 
     def rows(self, tensor: Tensor) -> tuple[str, slice | None] | None:
@@ -270,6 +274,10 @@ class Layers:
         norm = self.weight_norms.get(id(self.find(weight)[1]))
         name, rows = layer_name(found[0] if norm is None else norm.name), found[1]
         return name if rows is None else f"{name}[{rows.start}:{rows.stop}]"
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def layer_name(parameter: str) -> str:
@@ -335,19 +343,22 @@ class AffineMode(TorchFunctionMode):
     def _note_other_use(self, func: Callable, args: tuple) -> None:
         """Note what takes the values of parameters without being a layer, or takes gradients."""
         self.layers.differentiates |= func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
-        if func.__name__ not in VIEWS and func.__name__ not in METADATA:
+        if func.__name__ not in VIEWS | METADATA | COPIES:
             parts = [part for arg in args for part in (arg if isinstance(arg, list | tuple) else [arg])]
             taken = {memory(part) for part in parts if isinstance(part, Tensor)}
-            self.layers.elsewhere |= taken & self.layers.memory_of_parameters
+            sources = {memory(self.sources[place].parameter) for place in taken & self.sources.keys()}
+            self.layers.elsewhere |= (taken | sources) & self.layers.memory_of_parameters
 
     def _note_scaled(self, func: Callable, args: tuple, kwargs: dict, output) -> bool:
         """Note a product of a parameter, or of such a product, with a constant; whether it is one."""
-        if func.__name__ not in PRODUCTS and func.__name__ not in MASKING:
+        if func.__name__ not in PRODUCTS.keys() | MASKING | COPIES:
             return False
+        args = args[:1] if func.__name__ in COPIES else args  # and not the tensor whose precision the copy has
         before = [self.sources.get(memory(arg)) if isinstance(arg, Tensor) else None for arg in args]
+        before = [None if source is None or source.is_changed else source for source in before]
         known = [arg if source is None else source.parameter for arg, source in zip(args, before, strict=True)]
         found = self.layers.scaling(func, tuple(known), kwargs)
-        if found is None or not isinstance(output, Tensor):
+        if found is None or not isinstance(output, Tensor) or any(output is arg for arg in args):
             return False
         parameter, factor, mask = found
         for source in before:
@@ -383,7 +394,7 @@ class _Visitor(AffineMode):
             return func(*args, **kwargs)
         used = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
         sources = [self.sources[memory(tensor)] for tensor in used if memory(tensor) in self.sources]
-        sources = [source for source in sources if not source.is_parameter]
+        sources = [source for source in sources if not source.is_parameter and not source.is_changed]
 
         def compute():
             refresh()
@@ -392,7 +403,7 @@ class _Visitor(AffineMode):
         def refresh() -> None:
             if not torch.is_grad_enabled():  # where weights are set
                 for source in sources:
-                    source.output.copy_(source.compute())
+                    source.refresh()
 
         output = self.visit(call, input_of(func.__name__, args, kwargs), compute)
         refresh()

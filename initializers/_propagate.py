@@ -22,6 +22,7 @@ from initializers._labels import ZERO, Labels, full
 from initializers._layer import Layer, memory, overlap
 from initializers._model import InitializationError
 from initializers._outputs import tensors_of
+from initializers._scaled import COPIES
 from initializers._scales import PINNED, Norm, Scales, Use
 
 Lrn = Literal["estimate", "exact"]
@@ -188,8 +189,9 @@ class _Propagation(Labels):
     def _carry(self, operation: Operation) -> list[Tensor] | None:
         if not isinstance(operation.args[0], Ref):
             return None
-        for index in operation.inputs[1:]:  # the slopes of PReLU
-            self._pin(self._of(Ref(index)))
+        if _canonical(operation.name) not in COPIES:  # which take the precision of another tensor alone
+            for index in operation.inputs[1:]:  # the slopes of PReLU
+                self._pin(self._of(Ref(index)))
         return [self._of(operation.args[0])]
 
     def _move(self, operation: Operation) -> list[Tensor] | None:

@@ -1,12 +1,13 @@
 """Weights that a layer multiplies by constants before it computes with them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from initializers._layer import memory
 
 PRODUCTS = {"mul": 1, "multiply": 1, "div": -1, "divide": -1, "true_divide": -1}  # and the power of the second
+COPIES = {"clone", "to", "type", "type_as", "float", "double", "half", "bfloat16"}  # the same in another precision
 MASKING = {"mul", "multiply", "where", "masked_fill", "tril", "triu"}  # functions that may set some values to 0
 
 
@@ -37,6 +38,7 @@ class Scaled:
 
     Attributes:
         parameter: it, or a view of it, whose parameter is `whole`.
+        version: of the output, which torch counts up with each change in place.
     """
 
     output: Tensor
@@ -44,6 +46,15 @@ class Scaled:
     whole: Tensor | None
     factor: Tensor
     mask: Tensor | None
+    version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.version = _version(self.output)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the model has changed the product in place, so that it is none."""
+        return self.version != _version(self.output)
 
     @property
     def is_parameter(self) -> bool:
@@ -55,6 +66,15 @@ class Scaled:
         product = self.parameter * self.factor
         return product if self.mask is None else product * self.mask
 
+    def refresh(self) -> None:
+        """Make the output the product as the parameter is now."""
+        self.output.copy_(self.compute())
+        self.version = _version(self.output)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
 
 def source_of(tensor: Tensor, sources: dict[int, Scaled]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The parameter, or its rows, of which a tensor is the product with constants, and their factor and mask.
@@ -62,7 +82,7 @@ def source_of(tensor: Tensor, sources: dict[int, Scaled]) -> tuple[Tensor, Tenso
     A layer may use a part of what was computed (the rows of a packed projection): it is found by its offset in memory.
     """
     found = sources.get(memory(tensor))
-    if found is None or found.is_parameter or found.output.stride() != found.parameter.stride():
+    if found is None or found.is_parameter or found.is_changed or found.output.stride() != found.parameter.stride():
         return tensor, None, None
     offset = int(tensor.storage_offset() - found.output.storage_offset())
     row = offset // max(1, found.output.stride(0)) if found.output.ndim else 0

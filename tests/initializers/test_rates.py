@@ -406,6 +406,13 @@ NETWORKS = {
     "tied": Tied,
     "transposed weights of another layer": lambda: Autoencoder(lambda x, weight: F.linear(x, weight.T)),
     "by keyword": lambda: Autoencoder(lambda x, weight: F.linear(input=x, weight=weight.t())),
+    "a multiple of the weights of another layer": lambda: Autoencoder(lambda x, weight: x[:, :4] + (2 * weight).mean()),
+    "a cast of the weights of another layer": lambda: Autoencoder(
+        lambda x, weight: x[:, :4] + weight.double()[2].float()
+    ),
+    "a multiple beside the weights": lambda: Autoencoder(
+        lambda x, weight: F.linear(x[:, 4:8], weight)[:, :4] + F.linear(x[:, :4], 3 * weight)[:, 5:]
+    ),
     "a row of the weights of another layer": lambda: Autoencoder(lambda x, weight: x[:, :4] + weight[2]),
     "windows": Windows,
     "windows of a convolution": WindowsOfAConvolution,

@@ -184,6 +184,10 @@ class Net(nn.Module):
 
 COMPUTED = {
     "times a number": {"compute": lambda model: model.weight * 0.1},
+    "a copy": {"compute": lambda model: model.weight.clone()},
+    "in a precision that it has": {"compute": lambda model: model.weight.to(torch.float32)},
+    "in the precision of another": {"compute": lambda model: model.weight.double().type_as(model.bias)},
+    "in another precision, and times a number": {"compute": lambda model: (0.1 * model.weight.double()).to(model.bias)},
     "a number times it": {"compute": lambda model: 3 * model.weight},
     "divided": {"compute": lambda model: model.weight / 7.0},
     "by a function": {"compute": lambda model: torch.mul(model.weight, 0.1)},
@@ -234,6 +238,39 @@ def test_weights_that_are_computed_of_one_parameter_and_constants(images, kind, 
     report = initialize(model, images, "gaussian", between=False, seed=1)  # with the auxiliary scalings
     assert [row.filters for row in report.layers] == ["gaussian"] * 3
     assert_normalised(model, images)
+
+
+def in_place(change, factor=None):
+    """Compute with what `change` makes of a copy of the weights, or of a multiple of them."""
+
+    def compute(model):
+        weight = model.weight.clone() if factor is None else model.weight * factor
+        change(weight)
+        return weight
+
+    return compute
+
+
+@pytest.mark.parametrize("factor", [None, 0.5])
+@pytest.mark.parametrize("filters", ["gaussian", None])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.add_(0.1),
+        lambda weight: weight[0].zero_(),
+        lambda weight: weight.clamp_(-0.3, 0.3),
+        lambda weight: weight.__setitem__((slice(None), 0), 1.0),
+        lambda weight: weight.view(-1)[3].mul_(2),
+    ],
+)
+def test_copies_that_are_changed_in_place_are_computed(images, change, filters, factor):
+    """The changes would be lost where the weights are set."""
+    model = Net(in_place(change, factor))
+    before = model.weight.detach().clone()
+    report = initialize(model, images, filters, between=False)
+    assert [row.name for row in report.layers] == ["first", "last"]
+    assert report.kept == {"weight": f"used by {'clone' if factor is None else 'mul'}"}
+    assert torch.equal(model.weight, before)
 
 
 class OneVector(nn.Module):
