@@ -2,14 +2,16 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 from detection.proposals import CORNERS
 from experiments.data.demo import make_demo_folders
 from experiments.data.voc import read_split
-from scripts import bench_data, bench_train
+from scripts import bench_data, bench_init, bench_train
 
 
 @pytest.fixture
@@ -39,6 +41,27 @@ def test_training(bench, demo, tmp_path):
     record = bench(bench_train, *words, STEPS=steps, FIXED=2)
     assert record["ratios"].keys() == {f"{name}: training step / bare step" for name in steps}
     assert all(ratio > 0 for ratio in record["ratios"].values())
+
+
+def small_network(*_, **__):
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 7, stride=4), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=4), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 10)),
+    )
+
+
+@pytest.mark.slow  # ResNet-50 at its size in two processes
+def test_initialization(bench):
+    sizes = {"IMAGES": 8, "LSUV_IMAGES": 8, "MEMORY_IMAGES": (2, 4)}
+    stacks = {"DEPTHS": (1, 2), "STACK_IMAGES": 4, "STACK_SIZE": 16, "STACK_CHANNELS": 4}
+    record = bench(bench_init, **sizes, **stacks, CaffeNet=small_network, resnet50=small_network)
+    committed = json.loads((Path(bench_init.__file__).parents[1] / "results" / "bench" / "init.json").read_text())
+    of_size = ("initialization of", "memory")
+    names = [{name for name in each["ratios"] if not name.startswith(of_size)} for each in (record, committed)]
+    assert names[0] == names[1]
+    assert len(record["ratios"]) == len(names[0]) + 2
+    assert all(ratio > 0 for ratio in record["ratios"].values())
+    assert record["megabytes"].keys() == {"ResNet-50, 2 images", "ResNet-50, 4 images"}
 
 
 @pytest.mark.slow
