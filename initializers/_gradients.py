@@ -71,8 +71,9 @@ def _unseen(layers: Layers, inputs: tuple[Tensor, ...], candidates: set[str]) ->
     """Of some layers those whose weights have a gradient that does not all come by what arrives at their outputs.
 
     A function of the model's own takes it (for a linear map, of reversible blocks, of the adjoint of a differential
-    equation), the model takes gradients itself (a force is one of an energy), or something else uses the weights (an
-    embedding to which they are tied). Layers that run without gradients may have none, or that of other uses.
+    equation), the model takes gradients itself (a force is one of an energy), something else uses the weights (an
+    embedding to which they are tied), or a hook changes it. Layers that run without gradients may have none, or that of
+    other uses.
     """
     batch = IMAGES_AT_A_TIME if layers.per_image else 1
     generator = torch.Generator(inputs[0].device).manual_seed(0)
@@ -137,8 +138,7 @@ def with_graph(
         top = forward(layers, inputs, visit)
     if not gradients.layers:
         raise InitializationError(layers.no_layer)
-    used = gradients.layers
-    without |= {name for name in used if layers.differentiates or memory(used[name].weight) in layers.elsewhere}
+    without |= {name for name, layer in gradients.layers.items() if _may_be_unseen(layers, layer)}
     if taken is None and without:
         raise _MayBeUnseen(without)
     for name in (taken or set()) & gradients.layers.keys():
@@ -146,6 +146,13 @@ def with_graph(
         if parameter is not None and parameter.requires_grad:
             gradients.parameters[name] = parameter
     return gradients, top
+
+
+def _may_be_unseen(layers: Layers, layer: Layer) -> bool:
+    """Whether the gradient of the weights of a layer that ran may not all come by its output; see `_unseen`."""
+    _, parameter = layers.find(layer.weight)
+    hooks = parameter is not None and bool(parameter._backward_hooks)
+    return layers.differentiates or memory(layer.weight) in layers.elsewhere or hooks
 
 
 @dataclass

@@ -201,6 +201,20 @@ class Autoencoder(nn.Module):
         return self.head(self.decode(F.linear(x.mean((2, 3)), self.weight).relu(), self.weight))
 
 
+class Hooked(nn.Sequential):
+    """Gradients of some weights are multiplied by a mask, as where a part of a layer is fine-tuned."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(4 * 121, 7), nn.ReLU(), nn.Linear(7, 3))
+        mask = torch.arange(7 * 4 * 121).view(7, -1) % 3 == 0
+        self[1].weight.register_hook(lambda gradient: gradient * mask)
+
+    def __deepcopy__(self, memo):  # which leaves hooks out
+        copied = Hooked()
+        copied.load_state_dict(self.state_dict())
+        return copied
+
+
 class Reversing(torch.autograd.Function):
     """Two residual steps whose inputs the backward pass computes again; it leaves the gradients at the weights."""
 
@@ -404,6 +418,7 @@ NETWORKS = {
     "functions of the model's own": Products,
     "force": Force,
     "tied": Tied,
+    "hooks on weights": Hooked,
     "transposed weights of another layer": lambda: Autoencoder(lambda x, weight: F.linear(x, weight.T)),
     "by keyword": lambda: Autoencoder(lambda x, weight: F.linear(input=x, weight=weight.t())),
     "a multiple of the weights of another layer": lambda: Autoencoder(lambda x, weight: x[:, :4] + (2 * weight).mean()),
