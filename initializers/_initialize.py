@@ -188,9 +188,14 @@ def _describe(layers: Layers, known: Recorded, report: Report) -> None:
     sizes = {id(norm.g) for norm in layers.weight_norms.values() if layers.owner(norm.v) in seen}  # of what was set
     unseen = {memory(parameter) for module in scripted(layers.model) for parameter in module.parameters()}
     for name, parameter in layers.model.named_parameters():
-        if parameter.ndim > 1 and name not in seen and parameter.requires_grad and id(parameter) not in sizes:
-            use = "a scripted module" if memory(parameter) in unseen else known.other_use(parameter)
-            report.kept[name] = f"used by {use}" if use else "not used" if known.scales is not None else ""
+        if parameter.ndim < 2 or not parameter.requires_grad or id(parameter) in sizes:
+            continue
+        parts = {name: parameter.detach()}
+        if name in seen:  # as one of a stack of experts may be
+            parts = {f"{name}[{rows.start}:{rows.stop}]": parameter.detach()[rows] for rows in layers.rows_left(name)}
+        for part, values in parts.items():
+            use = "a scripted module" if memory(parameter) in unseen else known.other_use(values)
+            report.kept[part] = f"used by {use}" if use else "not used" if known.scales is not None else ""
     report.frozen = [name for name, parameter in layers.model.named_parameters() if not parameter.requires_grad]
     report.inactive_dropout = inactive_dropout(layers, known.seen)
     report.random = sorted(layers.random)

@@ -250,7 +250,8 @@ class Layers:
     def rows(self, tensor: Tensor) -> tuple[str, slice | None] | None:
         """The parameter of which a tensor is the whole (None) or the given rows.
 
-        The rows of a vector are its values, of which a part in a row may be a tensor of any shape.
+        Rows are all that has one index in the first dimension: of a vector its values, of a stack of matrices, as for
+        experts, a matrix. Rows that follow one another in memory may be a tensor of any shape.
         """
         name, parameter = self.find(tensor)
         if name is None or parameter is None:
@@ -259,16 +260,30 @@ class Layers:
             return name, None
         if tensor.numel() == parameter.numel() and is_dense(tensor) and is_dense(parameter):
             return (name, None) if has_kernel(tensor) else None  # of other dimensions, or of another order of them
-        first = int(tensor.storage_offset() - parameter.storage_offset())
-        if parameter.ndim == 1 and parameter.is_contiguous() and is_dense(tensor) and has_kernel(tensor):
-            return name, slice(first, first + tensor.numel())
+        first, step = int(tensor.storage_offset() - parameter.storage_offset()), parameter.stride(0)
+        rows = slice(first // step, (first + tensor.numel()) // step)
+        if parameter.is_contiguous() and is_dense(tensor) and has_kernel(tensor):
+            return (name, rows) if first % step == tensor.numel() % step == 0 else None
         if tensor.shape[1:] != parameter.shape[1:] or tensor.stride() != parameter.stride():
             return None
-        first //= parameter.stride(0)
-        return name, slice(first, first + len(tensor))
+        return name, slice(first // step, first // step + len(tensor))
+
+    def rows_left(self, name: str) -> list[slice]:
+        """The rows of a parameter that are part of no layer which was found."""
+        left = torch.ones(len(self.model.get_parameter(name)), dtype=torch.bool)
+        for layer in self.found.values():
+            for part in (layer.weight, layer.bias):
+                owner, rows = (None if part is None else self._weight_rows(part.detach())) or (None, None)
+                if owner == name:
+                    left[rows or slice(None)] = False
+        edges = torch.cat([torch.tensor([False]), left, torch.tensor([False])]).int().diff().nonzero().flatten()
+        return [slice(*pair) for pair in edges.view(-1, 2).tolist()]
+
+    def _weight_rows(self, weight: Tensor) -> tuple[str, slice | None] | None:
+        return self.rows(weight) or (self.rows(weight.t()) if weight.ndim == 2 else None)
 
     def _name(self, weight: Tensor) -> str | None:
-        found = self.rows(weight) or (self.rows(weight.t()) if weight.ndim == 2 else None)
+        found = self._weight_rows(weight)
         if found is None:
             return None
         norm = self.weight_norms.get(id(self.find(weight)[1]))

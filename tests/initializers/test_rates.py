@@ -215,6 +215,21 @@ class Hooked(nn.Sequential):
         return copied
 
 
+class Stack(nn.Module):
+    """Three matrices in one parameter, as those of experts."""
+
+    layers = {**{f"stack[{i}:{i + 1}]": ("stack", i) for i in range(3)}, "head": ("head.weight", ...)}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.stack, self.head = nn.Parameter(torch.randn(3, 9, 4)), nn.Linear(9, 3)
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        first, second, third = self.stack
+        return self.head(F.linear(x, first).relu() + torch.sigmoid(F.linear(x, second)) * F.linear(x, third))
+
+
 class Reversing(torch.autograd.Function):
     """Two residual steps whose inputs the backward pass computes again; it leaves the gradients at the weights."""
 
@@ -418,6 +433,7 @@ NETWORKS = {
     "functions of the model's own": Products,
     "force": Force,
     "tied": Tied,
+    "stack": Stack,
     "hooks on weights": Hooked,
     "transposed weights of another layer": lambda: Autoencoder(lambda x, weight: F.linear(x, weight.T)),
     "by keyword": lambda: Autoencoder(lambda x, weight: F.linear(input=x, weight=weight.t())),

@@ -273,6 +273,74 @@ def test_copies_that_are_changed_in_place_are_computed(images, change, filters, 
     assert torch.equal(model.weight, before)
 
 
+class Experts(nn.Module):
+    """Matrices of all experts in one parameter, as in mixtures of experts of transformers."""
+
+    def __init__(self, experts=4, product=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.gate, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, experts), nn.Linear(8, 5)
+        shape = (experts, 8, 12) if product else (experts, 12, 8)
+        self.up, self.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.zeros(experts, 12))
+        self.down, self.product = nn.Parameter(torch.randn(experts, 8, 12)), product
+
+    def expert(self, x, number):
+        up = x @ self.up[number] if self.product else F.linear(x, self.up[number], self.bias[number])
+        return F.linear(up.relu(), self.down[number])
+
+    def forward(self, x):
+        x = self.first(x).relu().mean((2, 3))
+        chosen = self.gate(x).argmax(1)
+        mixed = torch.zeros_like(x)
+        for number in range(len(self.up)):
+            (rows,) = torch.where(chosen == number)
+            mixed.index_add_(0, rows, self.expert(x[rows], number))
+        return self.last(mixed)
+
+
+@pytest.mark.parametrize("filters", ["gaussian", "pca", None])
+@pytest.mark.parametrize("product", [False, True])
+def test_experts_in_one_parameter(images, filters, product):
+    images = torch.cat([images, images.flip(3), images.flip(2)]) * torch.linspace(0.1, 3, 144).view(-1, 1, 1, 1)
+    model = Experts(product=product).eval()
+    report = initialize(model, images, filters, between=False)
+    rows = [f"{name}[{number}:{number + 1}]" for number in range(4) for name in ("up", "down")]
+    assert {row.name for row in report.layers} == {"first", "gate", "last", *rows}
+    assert not {*report.kept} - {"bias"}
+    with torch.no_grad():
+        x = model.first(images).relu().mean((2, 3))
+        chosen = model.gate(x).argmax(1)
+        reached = [number for number in range(4) if (chosen == number).sum() > 12]
+        for number in reached:
+            up = model.expert(x[chosen == number], number)
+            torch.testing.assert_close(up.std(0, correction=0), torch.ones(8), **CLOSE)
+    assert len(reached) > 1
+    before = model(images).detach()
+    for options in ({}, {"nonhomogeneous": "scale"}):
+        report = rescale(model, images, **options)
+        assert report.spread_after < (1.01 if options else report.spread_before)
+        torch.testing.assert_close(model(images), before, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_that_no_layer_uses_are_listed(images):
+    """As experts that no image reaches where the model skips these."""
+
+    class Some(Experts):
+        def forward(self, x):
+            x = self.first(x).relu().mean((2, 3))
+            return self.last(self.expert(x, 1) + self.expert(x, 3) * self.down[0, 0, 0])
+
+    model = Some(experts=6)
+    before = copy.deepcopy(model)
+    report = initialize(model, images, "gaussian")
+    uses = {"up[0:1]": "not used", "up[2:3]": "not used", "up[4:6]": "not used", "down[0:1]": "used by mul"}
+    assert {name: use for name, use in report.kept.items() if name in uses} == uses
+    assert {"down[2:3]", "down[4:6]"} < report.kept.keys()
+    assert {row.name for row in report.layers} == {"first", "up[1:2]", "up[3:4]", "down[1:2]", "down[3:4]", "last"}
+    for rows in (slice(0, 1), slice(2, 3), slice(4, 6)):
+        assert torch.equal(model.up[rows], before.up[rows])
+
+
 class OneVector(nn.Module):
     """All of its weights and biases are parts of one vector, as where a network is a point in a space."""
 
