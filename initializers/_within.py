@@ -19,7 +19,7 @@ from torch import Tensor
 
 from initializers._filters import DATA_DRIVEN, draw_filters
 from initializers._graph import Batches
-from initializers._layer import Call, Layer, channel_statistics, check_input
+from initializers._layer import Call, Layer, channel_statistics, check_input, memory, overlap
 from initializers._layers import Layers, forward
 from initializers._memory import without_memory
 from initializers._model import InitializationError
@@ -122,11 +122,24 @@ def note_rounding(
             now = channel_statistics(call.layer, [output])
             change = max((a - b).abs().max().item() for a, b in zip(before, now, strict=True))
             if change > ROUNDING:
-                rows[call.layer.name].add_note(f"rounding before it changes its mean or std by up to {change:.2g}")
+                cause = _shared_weights(layers) or "rounding before it"
+                rows[call.layer.name].add_note(f"{cause} changes its mean or std by up to {change:.2g}")
         return output
 
     with without_memory(layers.model):
         forward(again, tuple(x[:batch] for x in inputs), compare)
+
+
+def _shared_weights(layers: Layers) -> str:
+    """What two layers share of which each sets the weights; empty where there is nothing."""
+    by_memory: dict[int, list[Layer]] = {}
+    for layer in layers.found.values():
+        others = by_memory.setdefault(memory(layer.weight), [])
+        shared = next((other for other in others if overlap(other.weight, layer.weight)), None)
+        if shared is not None:
+            return f"that {shared.name} and {layer.name} share weights"
+        others.append(layer)
+    return ""
 
 
 def _set_filters(

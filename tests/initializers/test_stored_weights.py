@@ -322,6 +322,28 @@ def test_experts_in_one_parameter(images, filters, product):
         torch.testing.assert_close(model(images), before, rtol=1e-3, atol=1e-4)
 
 
+class TwoWidths(Net):
+    """The second convolution runs narrow, and then wide."""
+
+    def __init__(self):
+        super().__init__(compute=None)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        x = torch.cat([F.conv2d(x, self.weight[:4], padding=1).relu(), x[:, :4]], 1)
+        return self.last(F.conv2d(x, self.weight, padding=1).relu().mean((2, 3)))
+
+
+def test_layers_that_share_rows(images):
+    """The wide one sets the weights anew, which is no rounding."""
+    report = initialize(TwoWidths(), images, "gaussian", between=False)
+    notes = {row.name: row.note for row in report.layers}
+    assert notes.keys() == {"first", "weight[0:4]", "weight", "last"}
+    assert not notes["first"]
+    for name in ("weight[0:4]", "weight", "last"):
+        assert notes[name].startswith("that weight[0:4] and weight share weights changes its mean or std by up to")
+
+
 def test_rows_that_no_layer_uses_are_listed(images):
     """As experts that no image reaches where the model skips these."""
 
