@@ -314,9 +314,11 @@ def test_when_it_helps_is_that_of_the_records():
     ]
     stated, inits = [[cell.strip() for cell in line] for line in lines], ("torch", "lsuv", "gaussian", "kmeans")
     mean, deviation = {}, {}
-    for network, cells in zip(("convnext_atto", "resnet18", "mobilenetv2"), stated, strict=True):
+    for network, cells in zip(("convnext_atto", "resnet18 bn", "resnet18", "mobilenetv2"), stated, strict=True):
+        name, _, normalised = network.partition(" ")
         for init, cell in zip(inits, cells, strict=True):
-            runs = table[table["preset"].str.contains(network) & (table["init"] == init)]
+            variant = f"{init} model.batch_norm=true" if normalised else init
+            runs = table[table["preset"].str.contains(name) & (table["init"] == variant)]
             assert sorted(runs["seed"]) == [0, 1, 2]
             (lr,), found = {*runs["config.optimizer.lr"]}, runs["top1"].dropna()
             diverging = {3: "", 2: ", one of three diverges"}[len(found)]
@@ -331,16 +333,19 @@ def test_when_it_helps_is_that_of_the_records():
         return points, points / error
 
     text = " ".join(DOCS["initializers"].split())
-    gains = [gain(network, "kmeans")[0] for network in ("mobilenetv2", "resnet18", "convnext_atto")]
-    said = "by {:.1f} points in MobileNetV2, by {:.1f} points in the ResNet, and by {:.1f}, little more than two"
+    gains = [gain(network, "kmeans")[0] for network in ("mobilenetv2", "resnet18", "resnet18 bn", "convnext_atto")]
+    said = (
+        "by {:.1f} points in MobileNetV2, by {:.1f} points in the ResNet without BatchNorm, and by little more than "
+        "two standard errors in that with BatchNorm ({:.1f} points) and in ConvNeXt, which has LayerNorm ({:.1f})"
+    )
     assert said.format(*gains) in text
-    assert 2 < gain("convnext_atto", "kmeans")[1] < 2.5
+    assert all(2 < gain(network, "kmeans")[1] < 2.5 for network in ("convnext_atto", "resnet18 bn"))
     assert f"So is LSUV in MobileNetV2, by {gain('mobilenetv2', 'lsuv')[0]:.1f} points" in text
     assert gain("mobilenetv2", "lsuv")[1] > 4
     assert abs(gain("convnext_atto", "lsuv")[0]) < 0.5
     assert 0 < gain("mobilenetv2", "gaussian")[1] < 2
-    assert max(gain("convnext_atto", "gaussian")[0], gain("resnet18", "gaussian")[0]) < -1
-    assert gain("resnet18", "lsuv")[0] < -1
+    assert all(gain(network, "gaussian")[0] < -1 for network in ("convnext_atto", "resnet18", "resnet18 bn"))
+    assert all(gain(network, "lsuv")[0] < -1 for network in ("resnet18", "resnet18 bn"))
 
 
 def test_the_spreads_of_figure_1_are_those_of_the_record():
