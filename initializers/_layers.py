@@ -260,6 +260,8 @@ class Layers:
             return name, None
         if tensor.numel() == parameter.numel() and is_dense(tensor) and is_dense(parameter):
             return (name, None) if has_kernel(tensor) else None  # of other dimensions, or of another order of them
+        if not parameter.ndim or not parameter.stride(0):  # one number, or one row that stands for many
+            return None
         first, step = int(tensor.storage_offset() - parameter.storage_offset()), parameter.stride(0)
         rows = slice(first // step, (first + tensor.numel()) // step)
         if parameter.is_contiguous() and is_dense(tensor) and has_kernel(tensor):

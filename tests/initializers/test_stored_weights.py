@@ -322,6 +322,13 @@ def test_experts_in_one_parameter(images, filters, product):
         torch.testing.assert_close(model(images), before, rtol=1e-3, atol=1e-4)
 
 
+def test_a_bias_that_is_one_number(images):
+    model = Net(lambda model: model.weight, bias=(), of_bias=lambda model: model.bias.expand(8))
+    report = initialize(model, images, "gaussian")
+    assert {row.name: row.note for row in report.layers}["weight"].startswith("its bias is computed or frozen")
+    assert report.output_change < 1e-5
+
+
 class TwoWidths(Net):
     """The second convolution runs narrow, and then wide."""
 
